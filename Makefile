@@ -1,0 +1,79 @@
+# The front door of the project. `make` says what there is; every target brings what it needs.
+#
+# Stamps keep a second `make setup` free: one for Debian's packages, the others inside the virtual environment.
+# `make clean` makes it look again.
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS   += --no-builtin-rules --no-print-directory
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help setup run demo test lint bench clean
+
+PYTHON ?= python3
+VENV   := .venv
+DEMO   := .cache/demo
+SYSTEM := .cache/system-packages
+
+# What `make run` runs. IMAGE is named as skopeo names it; CMD is a shell command line.
+IMAGE ?= oci:$(DEMO)/oci:latest
+CMD   ?= python3 -c 'import os, sys; print("Hello from Python", sys.version.split()[0], "in", sorted(os.listdir("/")))'
+
+# To build pyfuse3, to mount, to run containers; then what the tests compare with and measure against.
+PACKAGES := python3-venv python3-dev gcc pkg-config fuse3 libfuse3-dev runc crun mmdebstrap \
+            acl apache2-utils attr docker-registry erofs-utils fio libcap2-bin openssl pigz skopeo \
+            squashfs-tools squashfuse umoci zstd
+
+help: ## say what there is
+	@echo 'make TARGET, where TARGET is one of'
+	@sed -nE 's/^([a-z]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: $(VENV)/.installed ## install what is missing: Debian packages (as root) and a virtual environment in .venv
+	@:
+
+run: setup $(DEMO)/oci/index.json ## run a container from an image that is never unpacked [IMAGE=... CMD=...]
+	@$(VENV)/bin/clipfs run --rm --stats $(IMAGE) $(CMD)
+
+demo: setup $(DEMO)/oci/index.json ## build the demo image in .cache/demo
+
+test: setup lint $(DEMO)/oci/index.json ## everything that must hold: ruff, mypy, pytest [ARGS=...]
+	@$(VENV)/bin/pytest $(ARGS)
+
+lint: setup ## ruff and mypy
+	@$(VENV)/bin/ruff check --quiet
+	@$(VENV)/bin/ruff format --check --quiet || { echo "run '$(VENV)/bin/ruff format'"; exit 1; }
+	@$(VENV)/bin/mypy --no-error-summary
+
+bench: $(VENV)/.installed-bench $(DEMO)/oci/index.json ## measure, print the tables, renew benchmarks/README.md and its plot
+	@$(VENV)/bin/python -m benchmarks
+
+clean: ## remove what make made in this directory
+	rm -rf $(VENV) .cache build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(SYSTEM): Makefile
+	@missing=$$(comm -23 <(printf '%s\n' $(PACKAGES) | sort) \
+	    <(dpkg-query -W -f '$${db:Status-Status} $${Package}\n' 2>/dev/null | sed -n 's/^installed //p' | sort -u)); \
+	if [ -n "$$missing" ]; then \
+	    missing=$$(echo $$missing); \
+	    [ "$$(id -u)" = 0 ] || { echo "make setup: as root, please run: apt-get install $$missing" >&2; exit 1; }; \
+	    echo "setup: installing $$missing"; \
+	    export DEBIAN_FRONTEND=noninteractive; \
+	    apt-get update -qq; \
+	    apt-get install -y -qq --no-install-recommends $$missing > .apt.log 2>&1 || { cat .apt.log >&2; exit 1; }; \
+	    rm -f .apt.log; \
+	fi
+	@mkdir -p $(@D) && touch $@
+
+$(VENV)/.installed: pyproject.toml $(SYSTEM)
+	@echo 'setup: python environment in $(VENV)'
+	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	@echo 'setup: matplotlib'
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@touch $@
+
+$(DEMO)/oci/index.json: $(VENV)/.installed benchmarks/demo.py
+	@$(VENV)/bin/python -m benchmarks.demo $(DEMO)

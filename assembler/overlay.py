@@ -1,0 +1,167 @@
+"""One container's overlay: its directories, the seeded upper, the mount, and the way back.
+
+``base/<id>/layer-0/{upper,work,merged}``. Several lowers stack in one overlay, because overlays on overlays meet the
+kernel's limit of two. With an upper that is to be kept, ``upper`` and ``work`` are links to where it is, so that
+whoever cleans up can see what belongs to it. Knows nothing of images, runtimes or processes.
+
+An overlay honours ``trusted.overlay.*`` xattrs and 0:0 devices of its lowers, and there is no option against it: whoever
+makes a lower from an image must leave them out. Redirects and metacopies, which could cross directories, are off.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import clipfs
+from assembler import kernel, names
+from assembler.upper import seed
+
+_log = logging.getLogger("assembler")
+
+_LAYER = "layer-0"
+
+
+class ContainerOverlay:
+    """An overlay over `lower` (or several, topmost first) for one container; as a context manager, mounted in between.
+
+    required: more directories to seed. upper: where what is written goes, and stays; without it, below `base`.
+    Unmounting leaves `upper` as it is.
+    """
+
+    def __init__(
+        self,
+        container_id: str,
+        lower: Path | Sequence[Path],
+        base: Path,
+        required: Sequence[str] = (),
+        *,
+        upper: Path | None = None,
+    ) -> None:
+        self.container_id = names.checked(container_id)
+        lowers = [lower] if isinstance(lower, Path) else lower
+        # Absolute, but no link is resolved: the last component may be a mount whose server must not be asked in vain.
+        self.lowers = tuple(each.absolute() for each in lowers)
+        self.required = tuple(required)
+        self.layer = base.absolute() / container_id / _LAYER
+        self.merged = self.layer / "merged"
+        self._kept = upper.absolute() if upper else None
+        self._undo = ExitStack()
+
+    @property
+    def upper(self) -> Path:
+        """What the container wrote: the difference to the lower, in overlayfs' notation."""
+        return self._kept or self.layer / "upper"
+
+    def mount(self) -> None:
+        """Make the directories, seed the upper, mount. If one step fails, those before it are undone."""
+        for lower in self.lowers:
+            if not lower.is_dir():
+                raise clipfs.UsageError(f"{lower} is not a directory, so it cannot be the root of a container")
+        if not self.lowers:
+            raise clipfs.UsageError("a container needs at least one lower directory")
+        with ExitStack() as undo:
+            try:
+                work = self._directories(undo)
+                self._seed()
+                kernel.mount_overlay(self.merged, self.lowers, self.upper, work)
+            except OSError as error:
+                raise self._explained(error) from error
+            undo.callback(self._unmount_merged)
+            self._undo = undo.pop_all()
+        _log.info("mounted layer container_id=%s layer_index=0", self.container_id)
+
+    def unmount(self) -> None:
+        """Undo `mount`, all of it or what there is of it."""
+        self._undo.close()
+
+    def __enter__(self) -> Self:
+        self.mount()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.unmount()
+
+    def _directories(self, undo: ExitStack) -> Path:
+        """Make what the mount needs; returns the work directory."""
+        self.layer.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            self.layer.mkdir(mode=0o700)
+        except FileExistsError:
+            raise clipfs.UsageError(
+                f"there is a container {self.container_id} already; remove {self.layer.parent} or choose another name"
+            ) from None
+        self.merged.mkdir()
+        if self._kept is None:
+            for name in ("upper", "work"):
+                (self.layer / name).mkdir()
+            return self.layer / "work"
+        return self._kept_directories(self._kept, undo)
+
+    def _kept_directories(self, upper: Path, undo: ExitStack) -> Path:
+        upper.mkdir(parents=True, exist_ok=True)
+        lock = os.open(upper, os.O_RDONLY | os.O_DIRECTORY)
+        undo.callback(os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise clipfs.UsageError(f"another container is writing to {upper}") from None
+        # The kernel wants it beside the upper, not inside, and on the same mount.
+        work = upper.with_name(f".{upper.name}.clipfs-work")
+        (self.layer / "upper").symlink_to(upper)
+        (self.layer / "work").symlink_to(work)
+        work.mkdir(exist_ok=True, mode=0o700)
+        undo.callback(names.remove_tree, work)
+        return work
+
+    def _seed(self) -> None:
+        """Seed the upper as the lowers want it; more than one directory is looked at through a mount of its own."""
+        below = list(self.lowers)
+        if self._kept and any(self._kept.iterdir()):
+            below.insert(0, self._kept)
+        if len(below) == 1:
+            seed(below[0], self.upper, self.required)
+            return
+        kernel.mount_overlay(self.merged, below)
+        try:
+            seed(self.merged, self.upper, self.required)
+        finally:
+            kernel.unmount(self.merged)
+
+    def _unmount_merged(self) -> None:
+        if not kernel.unmount(self.merged):
+            _log.warning("%s was still in use; it is detached and ends with its last user", self.merged)
+
+    def _explained(self, error: OSError) -> clipfs.MountError:
+        """The errno of an overlay mount means many things; say the likeliest, with what the kernel said."""
+        said = error.strerror or str(error)
+        if error.filename:
+            return clipfs.MountError(f"cannot prepare the overlay of {self.container_id}: {error.filename}: {said}")
+        if error.errno == errno.EPERM:
+            return clipfs.MountError(f"only root may mount an overlay ({said})")
+        if error.errno == errno.ENODEV:
+            return clipfs.MountError("this kernel has no overlayfs; try `modprobe overlay`")
+        hint = ""
+        if error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EROFS):
+            hint = (
+                f"; its upper {self.upper} is on {_fstype(self.upper)}: it has to be writable, on one mount with its "
+                "work directory, and on a file system that can be one (ext4, xfs, btrfs, tmpfs; no overlay, FUSE or NFS)"
+            )
+        lowers = ", ".join(map(str, self.lowers))
+        return clipfs.MountError(f"cannot mount an overlay over {lowers}: {said}{hint}")
+
+
+def _fstype(path: Path) -> str:
+    """What kind of file system `path` is on; the mount table knows, no call tells."""
+    device = path.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    return next((each.fstype for each in kernel.mounts() if each.device == wanted), "an unknown file system")

@@ -1,0 +1,97 @@
+"""Mount and run container images without downloading or unpacking them.
+
+The names below are the library; everything else is how it is done. They are imported when first used, because a mount
+should not wait for an HTTP client that it may never need.
+
+    import clipfs
+
+    report = clipfs.build("docker://debian:12", "debian.clip")
+    with clipfs.mount("debian.clip", "/mnt") as mounted:
+        print(mounted.counters())
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from clipfs.builder import BuildReport, build, index_for
+    from clipfs.errors import (
+        AuthError,
+        ClipfsError,
+        FormatError,
+        ImageError,
+        IntegrityError,
+        MountError,
+        SourceError,
+        UsageError,
+    )
+    from clipfs.extractor import extract
+    from clipfs.index import Index
+    from clipfs.mounter import Mount, MountOptions, gc, mount, mounts, unmount
+    from clipfs.oci import Digest, ImageConfig, Manifest, Platform, Reference
+
+_HOME = {
+    "AuthError": "errors",
+    "BuildReport": "builder",
+    "ClipfsError": "errors",
+    "Digest": "oci",
+    "FormatError": "errors",
+    "ImageConfig": "oci",
+    "ImageError": "errors",
+    "Index": "index",
+    "IntegrityError": "errors",
+    "Manifest": "oci",
+    "Mount": "mounter",
+    "MountError": "errors",
+    "MountOptions": "mounter",
+    "Platform": "oci",
+    "Reference": "oci",
+    "SourceError": "errors",
+    "UsageError": "errors",
+    "build": "builder",
+    "extract": "extractor",
+    "gc": "mounter",
+    "index_for": "builder",
+    "mount": "mounter",
+    "mounts": "mounter",
+    "unmount": "mounter",
+}
+
+__all__ = [
+    "AuthError",
+    "BuildReport",
+    "ClipfsError",
+    "Digest",
+    "FormatError",
+    "ImageConfig",
+    "ImageError",
+    "Index",
+    "IntegrityError",
+    "Manifest",
+    "Mount",
+    "MountError",
+    "MountOptions",
+    "Platform",
+    "Reference",
+    "SourceError",
+    "UsageError",
+    "build",
+    "extract",
+    "gc",
+    "index_for",
+    "mount",
+    "mounts",
+    "unmount",
+]
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        home = _HOME[name]
+    except KeyError:
+        raise AttributeError(f"module 'clipfs' has no attribute {name!r}") from None
+    return getattr(import_module(f"clipfs.{home}"), name)

@@ -1,0 +1,88 @@
+"""What a mount has done, in numbers that another process can read while it lives and after it died.
+
+The counters are unsigned 64-bit numbers, in the order of `NAMES` and of this machine's byte order, in any buffer; in a
+file, one process writes and any may read. There is no lock: each number is whole by itself, and only grows.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+from typing import Self
+
+from clipfs.errors import ClipfsError
+
+# requests that were answered, bytes in those answers; ranges fetched, compressed bytes in them; requests answered from
+# memory at once, those that had to wait; spans decoded.
+NAMES = ("requests", "bytes_served", "fetches", "bytes_fetched", "hits", "misses", "spans_decoded")
+
+_SIZE = 8 * len(NAMES)
+
+
+class Counters:
+    """Counts into a buffer of at least 56 bytes."""
+
+    def __init__(self, buffer: bytearray | mmap.mmap) -> None:
+        whole = memoryview(buffer)
+        self._numbers = whole[:_SIZE].cast("Q")
+        self._buffer = buffer
+
+    @classmethod
+    def private(cls) -> Self:
+        """Counters that nobody else sees."""
+        return cls(bytearray(_SIZE))
+
+    @classmethod
+    def create(cls, path: Path) -> Self:
+        """Zeros in a new file, for the process that counts."""
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with open(descriptor, "r+b") as file:
+                file.truncate(_SIZE)
+                return cls(mmap.mmap(file.fileno(), _SIZE))
+        except OSError as error:
+            raise ClipfsError(f"cannot keep counters in {path}: {error.strerror}") from error
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """The counters in an existing file, to read."""
+        try:
+            with path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size < _SIZE:
+                    raise ClipfsError(f"{path} holds no counters: it is too short")
+                return cls(mmap.mmap(file.fileno(), _SIZE, access=mmap.ACCESS_READ))
+        except OSError as error:
+            raise ClipfsError(f"cannot read counters from {path}: {error.strerror}") from error
+
+    def hit(self, length: int) -> None:
+        """A request was answered from memory. On the hot path, so flat."""
+        numbers = self._numbers
+        numbers[0] += 1
+        numbers[1] += length
+        numbers[4] += 1
+
+    def missed(self, length: int) -> None:
+        """A request was answered after waiting."""
+        numbers = self._numbers
+        numbers[0] += 1
+        numbers[1] += length
+        numbers[5] += 1
+
+    def fetched(self, length: int) -> None:
+        """A range of compressed bytes came."""
+        self._numbers[2] += 1
+        self._numbers[3] += length
+
+    def decoded(self) -> None:
+        """A span was decoded and verified."""
+        self._numbers[6] += 1
+
+    def asdict(self) -> dict[str, int]:
+        return dict(zip(NAMES, self._numbers, strict=True))
+
+    def close(self) -> None:
+        """Let go of the buffer, and of the mapping if it is one. Closing again does no harm."""
+        self._numbers.release()
+        if isinstance(self._buffer, mmap.mmap):
+            self._buffer.close()

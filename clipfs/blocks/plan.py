@@ -1,0 +1,95 @@
+"""Which blocks a read of the data space needs, and which bytes of them.
+
+Pure: it asks the index, does no I/O, and knows neither cache nor network. A block is `BLOCK` decoded bytes of a span,
+the last one of a span fewer; its key is (layer number, span number, block number).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol, TypeAlias
+
+from clipfs.errors import FormatError
+from clipfs.format import Codec, Span
+
+# As large as a read that the kernel sends, so that most are answered from one or two; small enough that a disk cache
+# need not decompress 4 MiB for 4 KiB.
+BLOCK = 128 << 10
+
+Key: TypeAlias = tuple[int, int, int]
+
+
+class Spans(Protocol):
+    """The spans of a layer, as `tables.SpanTable` has them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Span: ...
+
+    def find(self, offset: int) -> int:
+        """The number of the span that holds the byte at `offset` of the uncompressed layer."""
+
+    def bounds(self, number: int) -> tuple[int, int]:
+        """Position and length of a span."""
+
+
+class LayerView(Protocol):
+    """What is asked of a layer."""
+
+    @property
+    def codec(self) -> Codec: ...
+
+    @property
+    def spans(self) -> Spans: ...
+
+
+class IndexView(Protocol):
+    """What is asked of an index; `index.Index` is one."""
+
+    @property
+    def layers(self) -> Sequence[LayerView]: ...
+
+    def extents(self, address: int, length: int) -> list[tuple[int, int, int, int]]: ...
+
+
+class Piece(NamedTuple):
+    """Bytes [start, stop) of the data space are bytes [inner, inner + stop - start) of block `key`; zeros if None."""
+
+    start: int
+    stop: int
+    key: Key | None
+    inner: int
+
+
+def plan(index: IndexView, address: int, length: int) -> list[Piece]:
+    """The pieces that bytes [address, address + length) consist of, in order and without gaps."""
+    pieces: list[Piece] = []
+    at = address
+    for start, layer, offset, size in index.extents(address, length):
+        if start > at:
+            pieces.append(Piece(at, start, None, 0))
+        at = start + size
+        spans = index.layers[layer].spans
+        while start < at:
+            number = spans.find(offset)
+            position, room = spans.bounds(number)
+            within = offset - position
+            if not 0 <= within < room:
+                raise FormatError(f"the index is damaged: no span of layer {layer} holds its byte {offset}")
+            block, inner = divmod(within, BLOCK)
+            count = min(at - start, BLOCK - inner, room - within)
+            pieces.append(Piece(start, start + count, (layer, number, block), inner))
+            start, offset = start + count, offset + count
+    if at < address + length:
+        pieces.append(Piece(at, address + length, None, 0))
+    return pieces
+
+
+def join(pieces: Sequence[Piece], blocks: Mapping[Key, bytes]) -> bytes:
+    """The bytes that the pieces stand for. KeyError if a block is missing."""
+    return b"".join(
+        [
+            bytes(stop - start) if key is None else blocks[key][inner : inner + stop - start]
+            for start, stop, key, inner in pieces
+        ]
+    )

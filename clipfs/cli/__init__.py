@@ -1,0 +1,1 @@
+"""The command lines: ``clipfs`` and the helpers of mount(8)."""

@@ -1,0 +1,41 @@
+"""``clipfs index``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from clipfs.builder import build
+from clipfs.cli.options import platform_of
+from clipfs.cli.progress import progress, size
+
+
+def index(args: argparse.Namespace) -> int:
+    """Make the .clip and say what it is."""
+    out = args.output or Path(_file_name(args.image))
+    report = build(
+        args.image,
+        out,
+        platform=platform_of(args),
+        progress=progress(),
+        insecure=args.insecure,
+        authfile=args.authfile,
+        ca=args.ca,
+    )
+    for warning in report.warnings:
+        print(f"clipfs: {warning}", file=sys.stderr)
+    share = report.clip_size / report.compressed if report.compressed else 0.0
+    print(
+        f"{report.path}: {report.inodes} inodes, {report.layers} layers of {size(report.compressed)} "
+        f"({size(report.uncompressed)} unpacked), index {size(report.clip_size)} ({share:.2%}), "
+        f"{report.seconds:.1f} s"
+    )
+    return 0
+
+
+def _file_name(image: str) -> str:
+    """A file name that the image's own name suggests: ``docker://ghcr.io/a/app:v1`` gives ``app-v1.clip``."""
+    last = image.split("@")[0].rstrip("/").rsplit("/", 1)[-1]
+    return re.sub(r"[^A-Za-z0-9._]+", "-", last).strip("-.") + ".clip"

@@ -1,0 +1,151 @@
+"""``mount.clipfs`` and ``mount.fuse.clipfs``: what mount(8) starts for ``mount -t clipfs SPEC DIR`` and lines of fstab.
+
+This module owns the protocol between mount(8) and its helpers, which is a command line and an exit code. What the
+options mean is in `clipfs.options`, what a mount is in `clipfs.mounter`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import getopt
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipfs import mountinfo
+from clipfs.errors import ClipfsError, MountError, UsageError
+from clipfs.options import MountOptions, Parsed, parse
+
+_USAGE = """\
+usage: mount.clipfs SPEC DIR [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]
+
+SPEC is a .clip file, or the name of an image as skopeo names it (oci:DIR:TAG, docker://HOST/REPO:TAG, …), which is
+indexed first if it was not before. Usually started by mount(8):
+
+  mount -t clipfs app.clip /mnt -o allow_other,cache=256M,log=/var/log/app.log
+  /srv/app.clip  /mnt  clipfs  ro,_netdev,nofail,x-systemd.automount  0 0     (a line of /etc/fstab)
+
+options: allow_other, cache=SIZE, log=FILE, source=IMAGE, authfile=FILE, ca=FILE, insecure, suid, dev, noexec, and
+those that mount(8) handles itself.
+"""
+
+# The exit code of mount(8), bit by bit.
+_WRONG_USAGE = 1
+_SYSTEM_ERROR = 2
+_MOUNT_FAILURE = 32
+
+# setns(2): the descriptor has to be a mount namespace.
+_CLONE_NEWNS = 0x20000
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """The command line, understood."""
+
+    spec: str
+    directory: str
+    parsed: Parsed
+    namespace: str | None
+    fake: bool
+    verbose: bool
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what mount(8) asks; the exit code is one that it understands."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(arguments) or not arguments:
+        print(_USAGE, end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else _WRONG_USAGE
+    try:
+        request = _understood(arguments)
+    except UsageError as error:
+        return _failed(error, _WRONG_USAGE)
+    try:
+        return _obey(request)
+    except ClipfsError as error:
+        return _failed(error, _MOUNT_FAILURE)
+    except OSError as error:
+        return _failed(error, _SYSTEM_ERROR)
+
+
+def _failed(error: Exception, code: int) -> int:
+    print(f"mount.clipfs: {error}", file=sys.stderr)
+    return code
+
+
+def _understood(arguments: list[str]) -> _Request:
+    try:
+        switches, places = getopt.gnu_getopt(arguments, "sfnvN:o:t:")
+    except getopt.GetoptError as error:
+        raise UsageError(f"{error}; see `mount.clipfs --help`") from None
+    if len(places) != 2:
+        raise UsageError("what to mount, and where, is all that is wanted besides options; see `mount.clipfs --help`")
+    given = [switch for switch, _ in switches]
+    options = ",".join(value for switch, value in switches if switch == "-o")
+    kind = next((value for switch, value in switches if switch == "-t"), "clipfs")
+    if kind not in ("clipfs", mountinfo.FSTYPE):
+        raise UsageError(f"cannot mount file systems of type {kind}, only clipfs")
+    return _Request(
+        spec=places[0],
+        directory=places[1],
+        parsed=parse(options, sloppy="-s" in given),
+        namespace=next((value for switch, value in switches if switch == "-N"), None),
+        fake="-f" in given,
+        verbose="-v" in given,
+    )
+
+
+def _obey(request: _Request) -> int:
+    def say(sentence: str) -> None:
+        if request.verbose:
+            print(f"mount.clipfs: {sentence}")
+
+    if request.parsed.remount:
+        # There is nothing that a remount could change. mount(8) asks for `rw` where it means nothing by it, but who
+        # wants to write must not believe to have got it.
+        if request.parsed.writable:
+            raise MountError(f"{request.directory} is an image, which is read-only; it cannot be remounted rw")
+        say(f"{request.directory} is read-only already")
+        return 0
+    if request.parsed.writable:
+        say("an image is read-only, and is mounted so")
+    if request.fake:
+        say(f"would mount {request.spec} on {request.directory}")
+        return 0
+
+    # Late, for the answers above need nothing of it.
+    from clipfs.mounter import mount
+
+    if request.namespace is not None:
+        _enter(request.namespace)
+    clip = _clip(request.spec, request.parsed.options)
+    mounted = mount(clip, request.directory, request.parsed.options)
+    say(f"{clip} is mounted on {mounted.mountpoint}, served by process {mounted.pid}")
+    return 0
+
+
+def _clip(spec: str, options: MountOptions) -> Path:
+    """The .clip that SPEC names: a file, or the index of an image."""
+    path = Path(spec)
+    if path.exists() or spec.endswith(".clip"):
+        return path
+    # Late, for it brings decoders and trio, which a .clip has no use for.
+    from clipfs.builder import index_for
+
+    return index_for(spec, insecure=options.insecure, authfile=options.authfile, ca=options.ca)
+
+
+def _enter(namespace: str) -> None:
+    """Change to another mount namespace (mount -N), named by a process or by a file."""
+    # Everything is imported first: the other namespace may have no Python in it, or another.
+    from clipfs import builder, session  # noqa: F401
+
+    path = f"/proc/{namespace}/ns/mnt" if namespace.isdigit() else namespace
+    with open(path, "rb") as file:
+        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _CLONE_NEWNS) != 0:
+            raise OSError(ctypes.get_errno(), f"cannot enter mount namespace {namespace}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

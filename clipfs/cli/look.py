@@ -1,0 +1,129 @@
+"""``clipfs inspect`` and ``clipfs ls``: what the index alone can tell; nothing is fetched."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import stat
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from clipfs.cli.options import opened
+from clipfs.cli.progress import size
+from clipfs.errors import UsageError
+from clipfs.index import Index, Node
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """What the image is made of."""
+    with opened(args) as index:
+        facts = _facts(index)
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    config = facts["config"]
+    print(f"source      {facts['source']}")
+    print(f"manifest    {facts['manifest']}")
+    print(f"platform    {facts['platform']}")
+    print(f"inodes      {facts['inodes']}, {size(facts['data_size'])} of file data")
+    print(f"index       {size(facts['clip_size'])}, {facts['clip']}")
+    print(f"command     {' '.join(config['entrypoint'] + config['cmd']) or '(none)'}")
+    print(f"user        {config['user'] or 'root'}, in {config['working_dir'] or '/'}")
+    for layer in facts["layers"]:
+        print(
+            f"layer       {layer['digest']}  {layer['codec']:4}  {size(layer['size'])} "
+            f"-> {size(layer['diff_size'])}, {layer['spans']} spans"
+        )
+    return 0
+
+
+def _facts(index: Index) -> dict[str, Any]:
+    config = index.config
+    return {
+        "clip": str(index.path),
+        "clip_size": os.path.getsize(index.path),
+        "source": index.source,
+        "manifest": str(index.manifest.digest),
+        "platform": f"{config.os}/{config.architecture}",
+        "inodes": index.inodes,
+        "data_size": index.data_size,
+        "config": {
+            "entrypoint": list(config.entrypoint),
+            "cmd": list(config.cmd),
+            "env": list(config.env),
+            "user": config.user,
+            "working_dir": config.working_dir,
+            "stop_signal": config.stop_signal,
+            "volumes": list(config.volumes),
+            "labels": dict(config.labels),
+        },
+        "layers": [
+            {
+                "digest": str(layer.digest),
+                "diff_id": str(layer.diff_id),
+                "media_type": layer.media_type,
+                "codec": layer.codec.name.lower(),
+                "size": layer.size,
+                "diff_size": layer.diff_size,
+                "spans": len(layer.spans),
+            }
+            for layer in index.layers
+        ],
+    }
+
+
+def ls(args: argparse.Namespace) -> int:
+    """List a directory, a tree, or one file."""
+    with opened(args) as index:
+        start = os.fsencode(args.path).strip(b"/")
+        nid = resolve(index, args.path)
+        node = index.inode(nid)
+        if not stat.S_ISDIR(node.mode):
+            _print(index, start, node, args.long)
+        elif args.recursive:
+            for path, below in _below(index, start, nid):
+                _print(index, path, below, args.long)
+        else:
+            for name, child in index.entries(nid):
+                _print(index, name, index.inode(child), args.long)
+    return 0
+
+
+def resolve(index: Index, path: str) -> int:
+    """The nid that `path` names, or a sentence why it names none."""
+    try:
+        return index.resolve(path)
+    except OSError as error:
+        raise UsageError(f"{path} in {index.path}: {error.strerror}") from error
+
+
+def _below(index: Index, start: bytes, nid: int) -> Iterator[tuple[bytes, Node]]:
+    pending = [(start, nid)]
+    while pending:
+        path, at = pending.pop()
+        node = index.inode(at)
+        yield path or b".", node
+        if stat.S_ISDIR(node.mode):
+            prefix = path + b"/" if path else b""
+            pending += [(prefix + name, child) for name, child in reversed(index.entries(at))]
+
+
+def _print(index: Index, name: bytes, node: Node, long: bool) -> None:
+    line = name
+    if long:
+        what = f"{os.major(node.rdev)},{os.minor(node.rdev)}" if _is_device(node.mode) else str(node.size)
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(node.mtime_ns // 10**9))
+        line = f"{stat.filemode(node.mode)} {node.nlink:3} {node.uid:5} {node.gid:5} {what:>10} {when} ".encode() + name
+        if stat.S_ISLNK(node.mode):
+            line += b" -> " + index.readlink(node.nid)
+    # Names are bytes: what a terminal could take for a command of its own is shown, not sent.
+    print(line.decode("utf-8", "backslashreplace").translate(_CONTROLS))
+
+
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), 127)}
+
+
+def _is_device(mode: int) -> bool:
+    return stat.S_ISCHR(mode) or stat.S_ISBLK(mode)

@@ -1,0 +1,61 @@
+"""What several commands take from the line: the image X and where it comes from."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from clipfs.builder import index_for
+from clipfs.cli.progress import progress
+from clipfs.errors import UsageError
+from clipfs.index import Index
+from clipfs.oci import Platform
+
+_SUFFIX = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def clip_of(args: argparse.Namespace) -> Path:
+    """The .clip that X means: itself, or the cached index of an image, made first if need be."""
+    target: str = args.target
+    path = Path(target)
+    if path.is_file():
+        return path.absolute()
+    if target.endswith(".clip"):
+        raise UsageError(f"there is no file {target}; make it with `clipfs index IMAGE -o {target}`")
+    return index_for(
+        target,
+        platform=platform_of(args),
+        progress=progress(),
+        insecure=args.insecure,
+        authfile=args.authfile,
+        ca=args.ca,
+    )
+
+
+@contextmanager
+def opened(args: argparse.Namespace) -> Iterator[Index]:
+    """The index that X means, open."""
+    index = Index.open(clip_of(args))
+    try:
+        yield index
+    finally:
+        index.close()
+
+
+def platform_of(args: argparse.Namespace) -> Platform | None:
+    """What --platform asks for; None means this machine's."""
+    return Platform.parse(args.platform) if args.platform else None
+
+
+def byte_count(text: str, what: str) -> int:
+    """``64M`` in bytes. UsageError names `what` the number was for."""
+    number, unit = text.rstrip("bB"), ""
+    number = number.removesuffix("i").removesuffix("I")
+    if number[-1:].isalpha():
+        number, unit = number[:-1], number[-1:].upper()
+    try:
+        return int(float(number) * _SUFFIX[unit])
+    except (KeyError, ValueError, OverflowError):
+        raise UsageError(f"{what} wants a size such as 512M or 2G, not '{text}'") from None

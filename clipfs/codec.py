@@ -1,0 +1,148 @@
+"""From a span's compressed bytes to its decoded bytes, verified; and which codec a layer is in.
+
+`decode` is the one way from fetched bytes to served bytes. It checks the SHA-256 that the index demands before it
+returns anything, so nothing unverified can be cached or served. It does not know where bytes come from, and it trusts
+neither them nor the index: output never exceeds what the span says, and a span never says more than `MAX_SPAN`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+
+import zstandard
+from isal import isal_zlib
+
+from clipfs.deflate import FOOTER, HeaderError, header_end, primed
+from clipfs.errors import ImageError, IntegrityError
+from clipfs.format import Codec, Span
+
+# What `detect` wants to see: one tar header.
+HEAD = 512
+
+# The largest span that is read, so that a hostile index cannot ask for memory at will. Scanning makes at most half.
+MAX_SPAN = 64 << 20
+
+# zstd itself decodes no larger window unless told to (ZSTD_WINDOWLOG_LIMIT_DEFAULT is 27); every reader at work on a
+# frame holds one.
+ZSTD_WINDOW_LIMIT = 1 << 27
+
+# Compressed bytes given to the decoder at a time: what lies behind the end of a gzip member is copied, so this bounds
+# what a span of many tiny members costs.
+_PIECE = 64 << 10
+
+# Decoded bytes thrown away at a time, and what a zstd frame's output is collected in.
+_DISCARD = 1 << 20
+
+_UNSUPPORTED = {
+    b"\xfd7zXZ\x00": "xz",
+    b"BZh": "bzip2",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"LZIP": "lzip",
+}
+
+
+class _BrokenError(Exception):
+    """The bytes do not decode; the message says why."""
+
+
+def detect(head: bytes) -> Codec:
+    """The codec of a layer whose first bytes (`HEAD` of them, or all) are `head`. Content decides, not media types."""
+    if head[:2] == b"\x1f\x8b":
+        return Codec.GZIP
+    if head[:4] == b"\x28\xb5\x2f\xfd" or (head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50):
+        return Codec.ZSTD
+    for magic, name in _UNSUPPORTED.items():
+        if head.startswith(magic):
+            raise ImageError(
+                f"the layer is compressed with {name}, which OCI does not know: convert it with "
+                "`skopeo copy --dest-compress-format gzip`"
+            )
+    if _is_tar(head):
+        return Codec.RAW
+    raise ImageError("the layer is neither a tar archive nor gzip nor zstd; an encrypted layer must be decrypted first")
+
+
+def _is_tar(head: bytes) -> bool:
+    """Whether a tar archive begins with `head`: a header with its checksum, the end marker, or nothing at all."""
+    if not any(head):
+        return True
+    field = head[148:156].strip(b" \0")
+    try:
+        stated = int(field, 8)
+    except ValueError:
+        return False
+    return len(head) >= HEAD and stated == sum(head[:148]) + sum(b" " * 8) + sum(head[156:HEAD])
+
+
+def decode(codec: Codec, span: Span, data: bytes | memoryview) -> bytes:
+    """The decoded bytes of `span`, given the layer's bytes [span.start, span.end).
+
+    Raises IntegrityError if they do not decode to what the index demands.
+    """
+    where = f"bytes {span.start} to {span.end} of the layer"
+    if span.length > MAX_SPAN:
+        raise IntegrityError(f"the index says that {where} decode to {span.length} bytes, more than any span may")
+    if len(data) != span.end - span.start:
+        raise IntegrityError(f"{where} were asked for, {len(data)} bytes came")
+    try:
+        plain = _DECODERS[codec](span, data)
+    except (_BrokenError, HeaderError) as error:
+        raise IntegrityError(f"{where} do not decode: {error}") from error
+    if len(plain) != span.length:
+        raise IntegrityError(f"{where} decode to {len(plain)} bytes, not to the {span.length} that the index demands")
+    if hashlib.sha256(plain).digest() != span.digest:
+        raise IntegrityError(f"{where} do not decode to the bytes that the index demands: SHA-256 differs")
+    return plain
+
+
+def _copy(span: Span, data: bytes | memoryview) -> bytes:
+    return bytes(data[span.skip : span.skip + span.length])
+
+
+def _gunzip(span: Span, data: bytes | memoryview) -> bytes:
+    """A span begins at a deflate block; gzip headers occur only where another member begins inside it."""
+    stream = memoryview(primed(span.bit, data))
+    decoder = isal_zlib.decompressobj(wbits=-zlib.MAX_WBITS, zdict=span.window)
+    pieces, at, skip, wanted = [], 0, span.skip, span.length
+    while wanted:
+        fed = stream[at : at + _PIECE]
+        try:
+            piece = decoder.decompress(fed, min(skip, _DISCARD) or wanted)
+        except isal_zlib.IsalError as error:
+            raise _BrokenError(str(error)) from error
+        at += len(fed) - len(decoder.unconsumed_tail) - len(decoder.unused_data)
+        if skip:
+            skip -= len(piece)
+        else:
+            pieces.append(piece)
+            wanted -= len(piece)
+        if decoder.eof:
+            at = header_end(stream, at + FOOTER) if wanted else at
+            decoder = isal_zlib.decompressobj(wbits=-zlib.MAX_WBITS)
+        elif not piece and not fed:
+            raise _BrokenError("they end too early")
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _unzstd(span: Span, data: bytes | memoryview) -> bytes:
+    """A span begins at a frame, and holds one or more of them or the beginning of one."""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_LIMIT)
+    pieces, skip, wanted = [], span.skip, span.length
+    with decompressor.stream_reader(data, read_across_frames=True) as reader:
+        while wanted:
+            try:
+                piece = reader.read(min(skip or wanted, _DISCARD))
+            except zstandard.ZstdError as error:
+                raise _BrokenError(str(error)) from error
+            if not piece:
+                raise _BrokenError("they end too early")
+            if skip:
+                skip -= len(piece)
+            else:
+                pieces.append(piece)
+                wanted -= len(piece)
+    return b"".join(pieces)
+
+
+_DECODERS = {Codec.RAW: _copy, Codec.GZIP: _gunzip, Codec.ZSTD: _unzstd}

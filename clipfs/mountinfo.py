@@ -1,0 +1,138 @@
+"""The kernel's table of mounts, and taking an entry out of it.
+
+This module knows that clipfs mounts are of type ``fuse.clipfs`` and nothing else about clipfs. Nothing here looks
+*into* a mount, so a dead or hung file system cannot stop it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from clipfs.errors import MountError
+
+FSTYPE = "fuse.clipfs"
+
+# Flags of the system call, from sys/mount.h.
+_MNT_DETACH = 2
+_UMOUNT_NOFOLLOW = 8
+
+_OCTAL = re.compile(rb"\\([0-7]{3})")
+
+# fusermount3 only makes a system call or two; if it takes longer than this something below it hangs.
+_FUSERMOUNT_SECONDS = 20
+
+
+class MountEntry(NamedTuple):
+    """One line of /proc/self/mountinfo; device is "major:minor"."""
+
+    id: int
+    parent: int
+    device: str
+    mountpoint: str
+    fstype: str
+    source: str
+
+
+def entries() -> list[MountEntry]:
+    """All mounts of this process's mount namespace."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        # "36 35 98:0 /root /mount/point rw,noatime shared:1 - ext4 /dev/root rw"; there may be any number of tags.
+        before, _, after = line.partition(b" - ")
+        left, right = before.split(b" "), after.split(b" ")
+        found.append(
+            MountEntry(
+                id=int(left[0]),
+                parent=int(left[1]),
+                device=left[2].decode(),
+                mountpoint=_path(left[4]),
+                fstype=_path(right[0]),
+                source=_path(right[1]),
+            )
+        )
+    return found
+
+
+def top_at(mountpoint: str) -> MountEntry | None:
+    """The mount that a path lookup of `mountpoint` ends on: of several in one place, the one that covers the others."""
+    here = [entry for entry in entries() if entry.mountpoint == mountpoint]
+    covered = {entry.parent for entry in here}
+    return next((entry for entry in here if entry.id not in covered), None)
+
+
+def canonical(path: str | os.PathLike[str]) -> str:
+    """`path` as mountinfo spells it. Does not touch the file system mounted there, which may be dead or hung."""
+    whole = os.path.abspath(path)
+    parent, name = os.path.split(whole)
+    place = os.path.join(os.path.realpath(parent), name)
+    return place if top_at(place) else os.path.realpath(whole)
+
+
+def device_at(mountpoint: str) -> str:
+    """The device of the clipfs mount at `mountpoint`; MountError if there is none."""
+    entry = top_at(mountpoint)
+    if entry is None or entry.fstype != FSTYPE:
+        raise MountError(f"there is no clipfs mount on {mountpoint}")
+    return entry.device
+
+
+def detach_dead(mountpoint: str, device: str) -> bool:
+    """Detach the clipfs mount of `device` at `mountpoint`, whose process has ended. True if it is gone, also before.
+
+    Device numbers come back, so one more thing is asked: a file system without a process says ENOTCONN. (To statfs; its
+    cached attributes it still shows.) Device "" means that only the place is known.
+    """
+    ours = [
+        entry
+        for entry in entries()
+        if entry.mountpoint == mountpoint and entry.fstype == FSTYPE and device in ("", entry.device)
+    ]
+    if not ours:
+        return True
+    if top_at(mountpoint) not in ours:
+        return False
+    try:
+        os.statvfs(mountpoint)
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            unmount(mountpoint, lazily=True)
+    return True
+
+
+def unmount(mountpoint: str, *, lazily: bool = False) -> None:
+    """Unmount what is on top at `mountpoint`; `lazily`, also when it is in use. MountError says why not."""
+    if os.geteuid() != 0:
+        _fusermount(mountpoint, lazily)
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazily else 0)
+    if libc.umount2(os.fsencode(mountpoint), flags) != 0:
+        code = ctypes.get_errno()
+        if code == errno.EBUSY:
+            raise MountError(f"{mountpoint} is in use; `fuser -vm {mountpoint}` tells by whom")
+        raise MountError(f"cannot unmount {mountpoint}: {os.strerror(code)}")
+
+
+def _fusermount(mountpoint: str, lazily: bool) -> None:
+    """The way of those who may not call umount2: fusermount3 is setuid and unmounts what its caller has mounted."""
+    command = ["fusermount3", "-u", *(["-z"] if lazily else []), "--", mountpoint]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_FUSERMOUNT_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MountError(f"cannot unmount {mountpoint}: {error}") from error
+    if done.returncode:
+        why = done.stderr.strip().removeprefix("fusermount3: ") or f"fusermount3 ended with {done.returncode}"
+        raise MountError(f"cannot unmount {mountpoint}: {why}")
+
+
+def _path(field: bytes) -> str:
+    r"""A field of mountinfo, where space, tab, newline and backslash are written as \ooo."""
+    return os.fsdecode(_OCTAL.sub(lambda match: bytes((int(match[1], 8),)), field))

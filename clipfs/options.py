@@ -1,0 +1,109 @@
+"""What a mount can be told, and the comma-separated spelling of it that mount(8), fstab and ``clipfs mount -o`` share.
+
+This module knows neither FUSE nor processes. It must stay cheap to import: it is on the path of every mount.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipfs.errors import UsageError
+
+# What mount(8), systemd and fstab put on the line for their own use, and what changes nothing on a read-only tree.
+_IGNORED = frozenset(
+    (
+        *("defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail", "_netdev", "_rnetdev"),
+        *("async", "sync", "dirsync", "silent", "loud", "lazytime", "nolazytime", "diratime", "nodiratime"),
+        *("atime", "noatime", "relatime", "norelatime", "strictatime", "nostrictatime", "default_permissions"),
+    )
+)
+# The last four are what the kernel shows of a mount; mount(8) hands them back with a remount.
+_IGNORED_KEYS = frozenset(("user", "helper", "uhelper", "comment", "user_id", "group_id", "max_read", "blksize"))
+
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountOptions:
+    """How to mount. `source`, `authfile`, `ca` and `insecure` say where the bytes come from and how to get in.
+
+    allow_other: may other users look in? None means yes for root, whose mounts are meant for others, and no otherwise.
+    cache: bytes of decoded data kept in memory. log: a file for what the serving process has to say.
+    suid, dev: honour setuid bits and device nodes in this mount itself; an overlay on top of it goes by its own flags.
+    """
+
+    allow_other: bool | None = None
+    cache: int = 64 << 20
+    log: Path | None = None
+    suid: bool = False
+    dev: bool = False
+    noexec: bool = False
+    source: str | None = None
+    authfile: Path | None = None
+    ca: Path | None = None
+    insecure: bool = False
+
+
+# Each option that means something here: the field it sets, and the value in terms of the text after '='. Those
+# without a converter take no value; of the pairs that mount(8) knows, the last one on the line wins.
+_FLAGS: dict[str, tuple[str, bool]] = {
+    "allow_other": ("allow_other", True),
+    "suid": ("suid", True),
+    "nosuid": ("suid", False),
+    "dev": ("dev", True),
+    "nodev": ("dev", False),
+    "noexec": ("noexec", True),
+    "exec": ("noexec", False),
+    "insecure": ("insecure", True),
+}
+_VALUES: dict[str, Callable[[str], object]] = {
+    "cache": lambda text: byte_count(text, "cache="),
+    "log": lambda text: Path(text).absolute(),
+    "source": str,
+    "authfile": lambda text: Path(text).absolute(),
+    "ca": lambda text: Path(text).absolute(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """An option string understood: the mount's options, and what mount(8) asked for besides."""
+
+    options: MountOptions
+    remount: bool
+    writable: bool  # the last of ro and rw was rw; nothing said counts as ro
+
+
+def parse(text: str, *, sloppy: bool = False) -> Parsed:
+    """``ro,allow_other,cache=64M,…``. UsageError for an unknown option, unless `sloppy` (mount -s)."""
+    fields: dict[str, object] = {}
+    remount = writable = False
+    for word in filter(None, (word.strip() for word in text.split(","))):
+        name, equals, value = word.partition("=")
+        if word == "remount":
+            remount = True
+        elif word in _FLAGS:
+            field, setting = _FLAGS[word]
+            fields[field] = setting
+        elif name in _VALUES and equals:
+            if not value:
+                raise UsageError(f"option {name}= wants a value")
+            fields[name] = _VALUES[name](value)
+        elif word in ("ro", "rw"):
+            writable = word == "rw"
+        elif not (word in _IGNORED or name in _IGNORED_KEYS or name.lower().startswith("x-") or sloppy):
+            known = ", ".join(sorted([*_FLAGS, *(f"{key}=" for key in _VALUES), "ro", "remount"]))
+            raise UsageError(f"unknown mount option '{word}'; there are {known}, and those of mount(8) itself")
+    return Parsed(MountOptions(**fields), remount, writable)  # type: ignore[arg-type]
+
+
+def byte_count(text: str, what: str) -> int:
+    """``64M`` in bytes. UsageError names `what` the number was for."""
+    number = text.upper().removesuffix("B").removesuffix("I")
+    unit = number[-1:] if number[-1:].isalpha() else ""
+    digits = number.removesuffix(unit)
+    if unit not in _UNITS or not digits.isascii() or not digits.isdigit():
+        raise UsageError(f"{what} wants a size such as 512M or 2G, not '{text}'")
+    return int(digits) << _UNITS[unit]

@@ -1,0 +1,117 @@
+"""Serving one mount: from an open index to the end of the FUSE session, in this process.
+
+pyfuse3 keeps its session in module globals, so a process serves one mount. This module owns the session's life: the
+mount itself, signals, the record, and that all of it is gone at the end. How a process gets into the background is
+`daemon`'s affair. Imports trio and pyfuse3; whoever forks imports this afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from clipfs import mountinfo
+from clipfs.blocks.counters import Counters
+from clipfs.blocks.reader import BlockReader
+from clipfs.errors import MountError
+from clipfs.fs import ClipFS
+from clipfs.index import Index
+from clipfs.options import MountOptions
+from clipfs.sources.fetcher import LayerFetcher, SourceOptions
+from clipfs.state import MountRecord, Process
+
+# Requests handled at the same time. Each that waits for the network holds one, and lookups must still get through.
+_TASKS = 1000
+
+
+def serve(clip: Path, mountpoint: str, options: MountOptions, on_ready: Callable[[MountRecord], None]) -> None:
+    """Mount `clip` on the directory `mountpoint` (as `mountinfo.canonical` spells it) and serve it until the end.
+
+    The end comes when somebody unmounts it, or with SIGTERM or SIGINT, which unmount it whoever uses it. `on_ready` is
+    called when the mount is there and its requests are about to be answered. No network is used before a read needs it.
+    """
+    with Index.open(clip) as index:
+        source = options.source or index.source
+        record = MountRecord(Process.current(), mountpoint, str(clip), source, device="")
+        # First the record, then what it tells of: whatever moment we are killed at, `gc` finds the rest.
+        record.save()
+        try:
+            trio.run(_serve, index, record, options, on_ready)
+        finally:
+            record.remove()
+
+
+async def _serve(
+    index: Index, record: MountRecord, options: MountOptions, on_ready: Callable[[MountRecord], None]
+) -> None:
+    access = SourceOptions(name=record.source, insecure=options.insecure, authfile=options.authfile, ca=options.ca)
+    fetcher = LayerFetcher(index.source, index.manifest, access)
+    reader = BlockReader(index, fetcher, memory=options.cache, counters=Counters.create(record.counters))
+    # A terminal that goes away is no reason to take a file system from under its users.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        _open_session(ClipFS(index, reader), record.mountpoint, _fuse_options(record.clip, options))
+        unmounted = False
+        try:
+            record = replace(record, device=mountinfo.device_at(record.mountpoint))
+            record.save()
+            on_ready(record)
+            async with fetcher, reader, trio.open_nursery() as nursery:
+                nursery.start_soon(_cancel_on_signal, signals, nursery.cancel_scope)
+                await pyfuse3.main(max_tasks=_TASKS)
+                # It returns when the kernel has ended the session. From here on the mountpoint may be somebody else's.
+                unmounted = True
+                nursery.cancel_scope.cancel()
+        finally:
+            # Closing aborts the connection, so that unmounting cannot wait for answers that we no longer give.
+            pyfuse3.close(unmount=False)
+            if not unmounted:
+                mountinfo.detach_dead(record.mountpoint, record.device)
+
+
+async def _cancel_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async for _ in signals:
+        scope.cancel()
+
+
+def _open_session(ops: ClipFS, mountpoint: str, options: set[str]) -> None:
+    """Open /dev/fuse and mount it. libfuse says why it failed on stderr only, which becomes the MountError."""
+    with _stderr_captured() as words:
+        try:
+            pyfuse3.init(ops, mountpoint, options)
+        except RuntimeError as error:
+            why = words().removeprefix("fusermount3: ").removeprefix("fuse: ") or str(error)
+            raise MountError(f"cannot mount on {mountpoint}: {why}") from None
+
+
+def _fuse_options(clip: str, options: MountOptions) -> set[str]:
+    # Commas and backslashes mean something in a list of options, and pyfuse3 wants ASCII. The name is for people only.
+    name = clip.encode("ascii", "replace").decode().replace("\\", "\\\\").replace(",", "\\,")
+    chosen = {"ro", "default_permissions", f"fsname={name}", "subtype=clipfs"}
+    chosen.add("suid" if options.suid else "nosuid")
+    chosen.add("dev" if options.dev else "nodev")
+    if options.noexec:
+        chosen.add("noexec")
+    if options.allow_other or (options.allow_other is None and os.geteuid() == 0):
+        chosen.add("allow_other")
+    return chosen
+
+
+@contextmanager
+def _stderr_captured() -> Iterator[Callable[[], str]]:
+    """Standard error, of C code and child processes too, kept instead of shown; yields what tells it, in one line."""
+    kept, saved = os.memfd_create("stderr"), os.dup(2)
+    os.dup2(kept, 2)
+    try:
+        yield lambda: " ".join(os.pread(kept, 4096, 0).decode(errors="replace").split())
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(kept)

@@ -1,0 +1,60 @@
+"""Ranges of an image's layers, by layer number: what the block reader asks, in the words that a source understands.
+
+The source is opened when the first byte is needed, so that a mount starts without network and without credentials.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import trio
+
+from clipfs.oci import Manifest
+from clipfs.sources import open_source
+from clipfs.sources.base import Source
+
+
+@dataclass(frozen=True, slots=True)
+class SourceOptions:
+    """How to reach a source. name overrides the one that the index remembers."""
+
+    name: str | None = None
+    insecure: bool = False
+    authfile: Path | None = None
+    ca: Path | None = None
+
+
+class LayerFetcher:
+    """Fetches compressed bytes of the layers of one manifest; an async context manager that closes the source."""
+
+    def __init__(self, name: str, manifest: Manifest, options: SourceOptions | None = None) -> None:
+        self._options = options or SourceOptions()
+        self._name = self._options.name or name
+        self._manifest = manifest
+        self._source: Source | None = None
+        self._opening = trio.Lock()
+
+    async def fetch(self, layer: int, start: int, end: int) -> bytes:
+        """Bytes [start, end) of the blob of layer `layer`; SourceError if they cannot be had."""
+        return await (await self._open()).read_range(self._manifest.layers[layer], start, end)
+
+    async def _open(self) -> Source:
+        async with self._opening:
+            if self._source is None:
+                options = self._options
+                self._source = open_source(
+                    self._name, insecure=options.insecure, authfile=options.authfile, ca=options.ca
+                )
+            return self._source
+
+    async def __aenter__(self) -> LayerFetcher:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._source is not None:
+            with trio.CancelScope(shield=True), trio.move_on_after(5):
+                await self._source.aclose()

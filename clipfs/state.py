@@ -1,0 +1,158 @@
+"""Where clipfs keeps things on this machine, and the records of the mounts that are being served.
+
+A record is a JSON file, written aside and renamed into place, named after the process that serves the mount. A process
+is its pid *and* its start time, so that a pid used twice is never mistaken for it. This module knows no FUSE.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from clipfs.errors import ClipfsError
+
+
+def state_dir() -> Path:
+    """Runtime state, gone after a reboot: $CLIPFS_STATE, /run/clipfs for root, $XDG_RUNTIME_DIR/clipfs otherwise."""
+    if given := os.environ.get("CLIPFS_STATE"):
+        return _private(Path(given))
+    if os.geteuid() == 0:
+        return _private(Path("/run/clipfs"))
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    # Without a session there is no directory that only this user can write to; one in /tmp is checked to be theirs.
+    return _private(Path(runtime, "clipfs") if runtime else Path(f"/tmp/clipfs-{os.geteuid()}"))  # noqa: S108
+
+
+def cache_dir() -> Path:
+    """What may be deleted at any time: $CLIPFS_CACHE, /var/cache/clipfs for root, $XDG_CACHE_HOME/clipfs otherwise."""
+    if given := os.environ.get("CLIPFS_CACHE"):
+        return _private(Path(given))
+    if os.geteuid() == 0:
+        return _private(Path("/var/cache/clipfs"))
+    home = os.environ.get("XDG_CACHE_HOME")
+    return _private(Path(home) / "clipfs" if home else Path.home() / ".cache" / "clipfs")
+
+
+def scratch_dir() -> Path:
+    """Large files that live for one operation; on a disk, which the state directory is not."""
+    return _private(cache_dir() / "scratch")
+
+
+def _private(path: Path) -> Path:
+    """`path` as a directory that nobody else can write to, made if it is not there."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+    except OSError as error:
+        raise ClipfsError(f"cannot use directory {path}: {error.strerror}") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise ClipfsError(f"{path} must be a directory of uid {os.geteuid()} that nobody else can write to")
+    return path.absolute()
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process for all time: pids come back, a pid with its start time (in clock ticks since boot) does not."""
+
+    pid: int
+    started: int
+
+    def __str__(self) -> str:
+        return f"{self.pid}-{self.started}"
+
+    @classmethod
+    def current(cls) -> Process:
+        """The calling process."""
+        pid = os.getpid()
+        return cls(pid, _started(pid) or 0)
+
+    @property
+    def alive(self) -> bool:
+        """Does it still run? One that has ended and was not waited for does not."""
+        return _started(self.pid) == self.started
+
+    def pidfd(self) -> int | None:
+        """A descriptor that becomes readable when the process ends; None if it has. The caller closes it."""
+        try:
+            descriptor = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return None
+        if not self.alive:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+
+def _started(pid: int) -> int | None:
+    try:
+        line = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The second field is the command in parentheses and may hold anything, so count from its end: 3rd and 22nd field.
+    fields = line[line.rindex(b")") + 2 :].split()
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+@dataclass(frozen=True, slots=True)
+class MountRecord:
+    """A mount being served: by whom, where, of what. device is the mount's "major:minor", "" before it is mounted."""
+
+    process: Process
+    mountpoint: str
+    clip: str
+    source: str
+    device: str
+
+    @property
+    def counters(self) -> Path:
+        """The file that the serving process counts in, for others to read."""
+        return _mounts_dir() / f"{self.process}.counters"
+
+    def save(self) -> None:
+        """Write the record, or replace it; readers see the one or the other, never half of it."""
+        directory = _mounts_dir()
+        aside = directory / f"{self.process}.new"
+        aside.write_text(json.dumps(asdict(self), indent=1))
+        aside.replace(directory / f"{self.process}.json")
+
+    def remove(self) -> None:
+        """Remove the record and its counters. The counters stay readable to those who have them open."""
+        remove_files(self.process)
+
+
+def records() -> list[MountRecord]:
+    """All records, of living and dead processes."""
+    found = []
+    for file in sorted(_mounts_dir().glob("*.json")):
+        try:
+            fields = json.loads(file.read_bytes())
+            found.append(MountRecord(**{**fields, "process": Process(**fields["process"])}))
+        except FileNotFoundError:
+            continue  # ended while we looked
+        except (ValueError, TypeError, KeyError) as error:
+            raise ClipfsError(f"{file} is no mount record of this version of clipfs; remove it") from error
+    return found
+
+
+def remove_files(process: Process) -> None:
+    """Remove all that is kept here about a process."""
+    for file in _mounts_dir().glob(f"{process}.*"):
+        file.unlink(missing_ok=True)
+
+
+def remove_unrecorded() -> None:
+    """Remove files of dead processes that have no record: they died on their way in or out."""
+    directory = _mounts_dir()
+    for file in directory.iterdir():
+        pid, _, started = file.stem.partition("-")
+        if file.with_suffix(".json").exists() or not (pid.isdigit() and started.isdigit()):
+            continue
+        if not Process(int(pid), int(started)).alive:
+            file.unlink(missing_ok=True)
+
+
+def _mounts_dir() -> Path:
+    return _private(state_dir() / "mounts")

@@ -1,0 +1,63 @@
+"""What tests of real mounts share: a small image to mount, and bounded waits.
+
+The fixtures that go with it are in `tests.mount_fixtures`.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import subprocess
+from pathlib import Path
+
+from tests.images import LayoutBuilder
+from tests.tars import Tar
+
+# Larger than a block, incompressible enough to span some, and different at every place.
+BIG = b"".join(b"%09d\n" % number for number in range(60_000))
+
+# Any wait of these tests; what they wait for takes milliseconds.
+SECONDS = 20
+
+
+def small_image(directory: Path) -> str:
+    """Write an image with something of everything that mounting is about; its name."""
+    tar = (
+        Tar()
+        .member("usr", typeflag=b"5", mode=0o755)
+        .member("usr/bin", typeflag=b"5", mode=0o755)
+        .member("usr/bin/id", Path("/usr/bin/id").read_bytes(), mode=0o4755)
+        .member("bin", typeflag=b"2", mode=0o777, link="usr/bin")
+        .member("hello", b"hello\n", mtime="1700000000.123456789", xattrs={"user.note": b"kept"})
+        .member("secret", b"for root\n", mode=0o600)
+        .member("big", BIG)
+        .member("zero", typeflag=b"3", mode=0o666, rdev=(1, 5))
+    )
+    directory.mkdir()
+    return LayoutBuilder(directory).layer(tar).config(cmd=["/bin/id"]).write()
+
+
+def files(directory: Path) -> list[Path]:
+    """All that is not a directory below `directory`."""
+    return [path for path in directory.rglob("*") if not stat.S_ISDIR(path.lstat().st_mode)]
+
+
+def ended(pid: int) -> bool:
+    """Wait for a process to end; False if it does not within SECONDS."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], SECONDS)[0])
+    finally:
+        os.close(descriptor)
+
+
+def run(
+    *command: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, for SECONDS at most; what it says and its exit code are in the result."""
+    words = [str(word) for word in command]
+    return subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False, env=env, cwd=cwd)

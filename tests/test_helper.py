@@ -1,0 +1,237 @@
+"""``mount.clipfs``: options, command line and exit codes by direct calls, and mount(8) itself in a namespace."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import clipfs
+from clipfs import MountOptions, UsageError, mountinfo
+from clipfs.cli import helper
+from clipfs.options import byte_count, parse
+from tests.mounts import files, run
+
+pytest_plugins = ("tests.mount_fixtures",)
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+# --- options
+
+
+def test_options_that_mean_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "ro,allow_other,cache=1G,log=my.log,source=oci:/a:b,authfile=/auth.json,ca=ca.pem,insecure,suid,dev,noexec"
+    assert parse(text).options == MountOptions(
+        allow_other=True,
+        cache=1 << 30,
+        log=tmp_path / "my.log",
+        source="oci:/a:b",
+        authfile=Path("/auth.json"),
+        ca=tmp_path / "ca.pem",
+        insecure=True,
+        suid=True,
+        dev=True,
+        noexec=True,
+    )
+
+
+def test_options_that_are_mount_s_own_change_nothing() -> None:
+    text = (
+        "defaults,_netdev,nofail,user=joe,users,noatime,helper=x,uhelper=y,x-systemd.automount,X-mount.mkdir,noauto,rw"
+    )
+    assert parse(text).options == MountOptions()
+
+
+def test_the_last_of_a_pair_wins() -> None:
+    assert parse("suid,nosuid,nodev,dev,noexec,exec").options == MountOptions(dev=True)
+    assert parse("ro,rw").writable
+    assert not parse("rw,ro").writable
+    assert not parse("").writable
+
+
+@pytest.mark.parametrize("text", ["frobnicate", "cache", "cache=", "cache=lots", "allow_other=1", "log="])
+def test_unknown_or_malformed_options_are_refused(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(f"ro,{text},noatime")
+    assert text.partition("=")[0] in str(caught.value)
+
+
+def test_sloppy_forgives_unknown_options_only() -> None:
+    assert parse("frobnicate,cache=1K", sloppy=True).options == MountOptions(cache=1024)
+    with pytest.raises(UsageError):
+        parse("cache=lots", sloppy=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("0", 0), ("512", 512), ("64k", 65536), ("64M", 1 << 26), ("2GiB", 2 << 30), ("1tb", 1 << 40)]
+)
+def test_sizes(text: str, count: int) -> None:
+    assert byte_count(text, "cache=") == count
+
+
+@pytest.mark.parametrize("text", ["", "M", "-1", "1.5G", "1X", "1MM", "0x10", "１"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match="cache="):
+        byte_count(text, "cache=")
+
+
+# --- the protocol
+
+
+def test_wrong_usage_is_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (
+        ["one"],
+        ["a", "b", "c"],
+        ["a", "b", "-z"],
+        ["a", "b", "-t", "ext4"],
+        ["a", "b", "-o", "what"],
+        [],
+    ):
+        assert helper.main(arguments) == 1, arguments
+        assert capsys.readouterr().err
+    assert helper.main(["--help"]) == 0
+    assert "usage: mount.clipfs" in capsys.readouterr().out
+
+
+def test_a_mount_that_fails_is_exit_code_32_and_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.clip"
+    broken.write_bytes(b"no clip")
+    for spec, place in (
+        (tmp_path / "none.clip", tmp_path),
+        (broken, tmp_path),
+        (broken, tmp_path / "none"),
+        ("oci:none", "/"),
+    ):
+        assert helper.main([str(spec), str(place)]) == 32
+        said = capsys.readouterr()
+        assert said.err.startswith("mount.clipfs: ")
+        assert said.err.count("\n") == 1
+        assert said.out == ""
+
+
+def test_a_remount_is_a_no_op_for_ro_and_refused_for_rw(capsys: pytest.CaptureFixture[str]) -> None:
+    assert helper.main(["x.clip", "/none", "-o", "remount,ro,noatime"]) == 0
+    assert helper.main(["x.clip", "/none", "-o", "remount,rw"]) == 32
+    assert "read-only" in capsys.readouterr().err
+
+
+def test_a_fake_mount_mounts_nothing(clip: Path, mountpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert helper.main([str(clip), str(mountpoint), "-fv", "-o", "rw"]) == 0
+    assert "read-only" in capsys.readouterr().out
+    assert mountinfo.top_at(str(mountpoint)) is None
+
+
+@pytest.mark.usefixtures("runtime")
+def test_an_image_name_is_indexed_first(image: str, mountpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert helper.main([image, str(mountpoint), "-v"]) == 0
+    try:
+        assert (mountpoint / "hello").read_text() == "hello\n"
+        assert str(mountpoint) in capsys.readouterr().out
+    finally:
+        clipfs.unmount(mountpoint)
+
+
+# --- started by mount(8)
+
+# Our helpers in /sbin, which is where mount(8) looks, of a mount namespace that ends with the script.
+PREAMBLE = """
+set -e
+mkdir "$1/sbin" "$1/upper" "$1/work"
+for name in mount.clipfs mount.fuse.clipfs; do
+    printf '#!/bin/sh\\nexec %s -m clipfs.cli.helper "$@"\\n' "$2" > "$1/sbin/$name"
+    chmod +x "$1/sbin/$name"
+done
+mount -t overlay sbin -o "lowerdir=$1/sbin:/usr/sbin" /usr/sbin
+cd "$1"
+set +e
+"""
+
+
+def in_namespace(directory: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell script with our helpers in /sbin; it starts in `directory`."""
+    command = ("unshare", "--mount", "sh", "-c", PREAMBLE + script, "sh", directory, sys.executable)
+    return run(*command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+
+
+@pytest.mark.usefixtures("runtime")
+@pytest.mark.parametrize("fstype", ["clipfs", "fuse.clipfs"])
+def test_mount_finds_us(clip: Path, tmp_path: Path, runtime: Path, fstype: str) -> None:
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "small.clip").symlink_to(clip)
+    done = in_namespace(
+        tmp_path,
+        f"""
+        mount -t {fstype} small.clip mnt -o ro,allow_other,cache=8M,log=log || exit
+        cat mnt/hello; findmnt -no FSTYPE mnt
+        mount -o remount,ro mnt; echo $?
+        mount -o remount,noatime mnt; echo $?
+        mount -o remount,rw mnt 2>&1 | grep -c read-only
+        umount mnt; echo $? $(ls mnt | wc -l)
+        """,
+    )
+    assert done.stderr == ""
+    assert done.stdout.split() == ["hello", "fuse.clipfs", "0", "0", "1", "0", "0"]
+    assert " serving " in (tmp_path / "log").read_text()
+    assert files(runtime) == []
+
+
+@pytest.mark.usefixtures("runtime")
+def test_a_line_of_fstab(clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "small.clip").symlink_to(clip)
+    options = "ro,_netdev,nofail,noatime,x-systemd.automount,x-systemd.idle-timeout=60,cache=8M"
+    line = f"{tmp_path}/small.clip {tmp_path}/mnt clipfs {options} 0 0\n"
+    (tmp_path / "fstab").write_text(line)
+    done = in_namespace(
+        tmp_path,
+        """
+        mount -T fstab "$1/mnt" || exit
+        cat mnt/hello
+        umount mnt
+        mount -T fstab -a && cat mnt/hello && umount mnt
+        """,
+    )
+    assert (done.stdout, done.stderr) == ("hello\nhello\n", "")
+
+
+@pytest.mark.usefixtures("runtime")
+def test_mount_passes_on_what_went_wrong(tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    done = in_namespace(
+        tmp_path,
+        """
+        mount -t clipfs none.clip mnt; echo $?
+        mount -t clipfs none.clip mnt -o frobnicate; echo $?
+        """,
+    )
+    assert done.stdout == "32\n1\n"
+    missing, unknown = done.stderr.splitlines()[:2]
+    assert "there is no file" in missing
+    assert "frobnicate" in unknown
+
+
+@pytest.mark.usefixtures("runtime")
+def test_mount_in_another_namespace(clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    done = in_namespace(
+        tmp_path,
+        f"""
+        mkfifo ready hold
+        unshare --mount sh -c 'echo > ready; read line < hold; cat mnt/hello; umount mnt' &
+        read line < ready
+        mount -N $! -t clipfs {shlex.quote(str(clip))} "$1/mnt"; echo $?
+        ls mnt | wc -l
+        echo > hold
+        wait
+        """,
+    )
+    assert done.stderr == ""
+    assert done.stdout.split() == ["0", "0", "hello"]

@@ -1,0 +1,384 @@
+"""Real mounts: that they serve the image, that they end in every way there is, and that nothing is left of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import trio
+
+import clipfs
+from clipfs import MountError, MountOptions, UsageError, daemon, mountinfo, session, state
+from tests.mounts import BIG, SECONDS, ended, files, run
+
+pytest_plugins = ("tests.mount_fixtures",)
+pytestmark = pytest.mark.usefixtures("runtime")
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+# --- what a mount shows
+
+
+def test_the_tree_is_there_when_mount_returns(clip: Path, mountpoint: Path) -> None:
+    with clipfs.mount(clip, mountpoint) as mounted:
+        assert sorted(os.listdir(mountpoint)) == ["big", "bin", "hello", "secret", "usr", "zero"]
+        hello = (mountpoint / "hello").stat()
+        assert (hello.st_mode, hello.st_nlink, hello.st_mtime_ns) == (stat.S_IFREG | 0o644, 1, 1700000000123456789)
+        assert (mountpoint / "bin" / "id").read_bytes() == Path("/usr/bin/id").read_bytes()
+        assert (mountpoint / "bin").readlink() == Path("usr/bin")
+        assert (mountpoint / "big").read_bytes() == BIG
+        assert os.getxattr(mountpoint / "hello", "user.note") == b"kept"
+        assert (mountpoint / "zero").stat().st_rdev == os.makedev(1, 5)
+        assert not (mountpoint / "absent").exists()
+        assert mounted.counters()["bytes_served"] >= len(BIG)
+    assert os.listdir(mountpoint) == []
+
+
+def test_the_kernel_shows_what_is_mounted_and_how(clip: Path, mountpoint: Path) -> None:
+    with clipfs.mount(clip, mountpoint):
+        entry = mountinfo.top_at(str(mountpoint))
+        assert entry is not None
+        assert (entry.fstype, entry.source) == ("fuse.clipfs", str(clip))
+        flags = os.statvfs(mountpoint).f_flag
+        assert flags & (os.ST_RDONLY | os.ST_NOSUID | os.ST_NODEV) == os.ST_RDONLY | os.ST_NOSUID | os.ST_NODEV
+        with pytest.raises(OSError, match="Read-only"):
+            (mountpoint / "new").write_text("x")
+
+
+def test_other_users_may_look_in_but_permissions_hold(clip: Path, public: Path) -> None:
+    with clipfs.mount(clip, public):
+        assert as_nobody("cat", public / "hello").stdout == "hello\n"
+        assert "Permission denied" in as_nobody("cat", public / "secret").stderr
+    with clipfs.mount(clip, public, MountOptions(allow_other=False)):
+        assert "Permission denied" in as_nobody("cat", public / "hello").stderr
+
+
+def test_setuid_and_devices_work_if_asked_for(clip: Path, public: Path) -> None:
+    with clipfs.mount(clip, public):
+        assert as_nobody(public / "usr/bin/id", "-u").stdout == "65534\n"
+        with pytest.raises(PermissionError):
+            (public / "zero").open("rb")
+    with clipfs.mount(clip, public, MountOptions(suid=True, dev=True)):
+        assert as_nobody(public / "usr/bin/id", "-u").stdout == "0\n"
+        with (public / "zero").open("rb") as zero:
+            assert zero.read(3) == bytes(3)
+
+
+def test_an_overlay_honours_setuid_and_devices_of_a_mount_that_does_not(clip: Path, public: Path) -> None:
+    lower, upper, work, merged = (public / name for name in ("lower", "upper", "work", "merged"))
+    for directory in (lower, upper, work, merged):
+        directory.mkdir()
+    with clipfs.mount(clip, lower) as mounted:
+        layers = f"lowerdir={lower},upperdir={upper},workdir={work}"
+        assert run("mount", "-t", "overlay", "overlay", "-o", layers, merged).stderr == ""
+        try:
+            assert as_nobody(merged / "usr/bin/id", "-u").stdout == "0\n"
+            with (merged / "zero").open("rb") as zero:
+                assert zero.read(3) == bytes(3)
+            # The overlay keeps the file system below alive, whatever happens to the place where it was mounted.
+            assert run("umount", lower).returncode == 0
+            assert (merged / "big").read_bytes() == BIG
+        finally:
+            assert run("umount", merged).returncode == 0
+        assert ended(mounted.pid)
+
+
+def test_mounting_needs_no_source_until_a_read_does(image: str, mountpoint: Path, tmp_path: Path) -> None:
+    layout, logfile = tmp_path / "oci", tmp_path / "log"
+    shutil.copytree(image.split(":")[1], layout)
+    clip = tmp_path / "copy.clip"
+    clipfs.build(f"oci:{layout}:latest", clip)
+    layout.rename(tmp_path / "away")
+    with clipfs.mount(clip, mountpoint, MountOptions(log=logfile)):
+        assert (mountpoint / "hello").stat().st_size == 6
+        for _ in range(2):
+            with pytest.raises(OSError, match="Input/output error"):
+                (mountpoint / "hello").read_bytes()
+        (tmp_path / "away").rename(layout)
+        assert (mountpoint / "hello").read_text() == "hello\n"
+    failures = [line for line in logfile.read_text().splitlines() if " ERROR " in line]
+    assert len(failures) == 1, failures
+    assert str(layout) in failures[0]
+
+
+def test_another_source_can_be_named(image: str, clip: Path, mountpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(image.split(":")[1], tmp_path / "copy")
+    with clipfs.mount(clip, mountpoint, MountOptions(source=f"oci:{tmp_path}/copy:latest")):
+        assert (mountpoint / "hello").read_text() == "hello\n"
+        assert [record.source for record in clipfs.mounts()] == [f"oci:{tmp_path}/copy:latest"]
+
+
+# --- how mounts end
+
+
+def by_signal(number: signal.Signals) -> Callable[[clipfs.Mount], object]:
+    return lambda mounted: os.kill(mounted.pid, number)
+
+
+ENDS: dict[str, Callable[[clipfs.Mount], object]] = {
+    "Mount.unmount": lambda mounted: mounted.unmount(),
+    "clipfs.unmount": lambda mounted: clipfs.unmount(mounted.mountpoint),
+    "umount": lambda mounted: run("umount", mounted.mountpoint),
+    "umount -l": lambda mounted: run("umount", "-l", mounted.mountpoint),
+    "fusermount3 -u": lambda mounted: run("fusermount3", "-u", mounted.mountpoint),
+    "SIGTERM": by_signal(signal.SIGTERM),
+    "SIGINT": by_signal(signal.SIGINT),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_it_ends_whoever_ends_it(clip: Path, mountpoint: Path, runtime: Path, how: str) -> None:
+    mounted = clipfs.mount(clip, mountpoint)
+    (mountpoint / "hello").read_bytes()
+    assert [record.process.pid for record in clipfs.mounts()] == [mounted.pid]
+    ENDS[how](mounted)
+    assert ended(mounted.pid)
+    assert mountinfo.top_at(str(mountpoint)) is None
+    assert files(runtime) == []
+    assert mounted.counters()["bytes_served"] == 6  # the last count stays
+    mounted.unmount()  # once more does no harm
+
+
+def test_a_hangup_is_no_reason_to_end(clip: Path, mountpoint: Path) -> None:
+    with clipfs.mount(clip, mountpoint) as mounted:
+        os.kill(mounted.pid, signal.SIGHUP)
+        assert (mountpoint / "hello").read_text() == "hello\n"
+
+
+def test_what_is_in_use_is_not_unmounted_unless_forced(clip: Path, mountpoint: Path) -> None:
+    mounted = clipfs.mount(clip, mountpoint)
+    descriptor = os.open(mountpoint / "big", os.O_RDONLY)
+    try:
+        with pytest.raises(MountError, match="in use"):
+            mounted.unmount()
+        assert os.pread(descriptor, 10, 0) == BIG[:10]
+        mounted.unmount(force=True)
+        assert ended(mounted.pid)
+        with pytest.raises(OSError, match="not connected"):
+            os.pread(descriptor, 10, len(BIG) - 10)
+    finally:
+        with contextlib.suppress(OSError):  # closing reports the lost connection, too
+            os.close(descriptor)
+    assert mountinfo.top_at(str(mountpoint)) is None
+
+
+def test_what_covers_a_mount_is_not_unmounted_for_it(clip: Path, mountpoint: Path) -> None:
+    with clipfs.mount(clip, mountpoint) as mounted:
+        assert run("mount", "-t", "tmpfs", "cover", mountpoint).returncode == 0
+        try:
+            with pytest.raises(MountError, match="on top"):
+                mounted.unmount()
+            with pytest.raises(MountError, match="no clipfs mount"):
+                clipfs.unmount(mountpoint)
+        finally:
+            assert run("umount", mountpoint).returncode == 0
+
+
+def test_gc_clears_up_after_a_kill_and_spares_the_living(clip: Path, mountpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with clipfs.mount(clip, tmp_path / "other") as living:
+        dead = clipfs.mount(clip, mountpoint)
+        os.kill(dead.pid, signal.SIGKILL)
+        assert ended(dead.pid)
+        with pytest.raises(MountError, match="clipfs gc"):
+            clipfs.mount(clip, mountpoint)
+        assert [record.process.pid for record in clipfs.mounts()] == [living.pid]
+        assert [record.mountpoint for record in clipfs.gc()] == [str(mountpoint)]
+        assert clipfs.gc() == []
+        assert mountinfo.top_at(str(mountpoint)) is None
+        with clipfs.mount(clip, mountpoint):
+            assert clipfs.gc() == []
+            assert (mountpoint / "hello").read_text() == "hello\n"
+
+
+def test_gc_does_not_take_a_new_mount_for_the_dead_one_before_it(clip: Path, mountpoint: Path) -> None:
+    dead = clipfs.mount(clip, mountpoint)
+    os.kill(dead.pid, signal.SIGKILL)
+    assert ended(dead.pid)
+    assert run("umount", mountpoint).returncode == 0
+    # The kernel gives the next one the same device number, and it is in the same place.
+    with clipfs.mount(clip, mountpoint):
+        records = state.records()
+        assert len({(record.mountpoint, record.device) for record in records}) == 1 < len(records)
+        assert [record.process.pid for record in clipfs.gc()] == [dead.pid]
+        assert (mountpoint / "hello").read_text() == "hello\n"
+
+
+def test_eight_at_a_time_and_twenty_in_a_row_leave_nothing(clip: Path, mountpoint: Path, tmp_path: Path) -> None:
+    places = [tmp_path / f"place {number}" for number in range(8)]
+    for place in places:
+        place.mkdir()
+    with ThreadPoolExecutor(len(places)) as pool:
+        together = list(pool.map(lambda place: clipfs.mount(clip, place), places))
+        assert [(place / "hello").read_text() for place in places] == ["hello\n"] * 8
+        assert len(clipfs.mounts()) == 8
+        list(pool.map(lambda mounted: mounted.unmount(), together))
+    assert clipfs.mounts() == []
+    for _ in range(20):
+        with clipfs.mount(clip, mountpoint) as mounted:
+            (mountpoint / "hello").read_bytes()
+    assert ended(mounted.pid)
+
+
+# --- mounts that do not come up
+
+
+def test_a_mount_that_cannot_be_says_why(clip: Path, mountpoint: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.clip"
+    broken.write_bytes(clip.read_bytes()[:600])
+    attempts: list[tuple[Path, Path, MountOptions, type[clipfs.ClipfsError], str]] = [
+        (tmp_path / "none.clip", mountpoint, MountOptions(), MountError, "there is no file"),
+        (tmp_path, mountpoint, MountOptions(), MountError, "not a file"),
+        (broken, mountpoint, MountOptions(), clipfs.FormatError, "broken.clip"),
+        (clip, tmp_path / "none", MountOptions(), MountError, "does not exist"),
+        (clip, broken, MountOptions(), MountError, "not a directory"),
+        (clip, mountpoint, MountOptions(log=tmp_path / "no" / "log"), MountError, "cannot write to log"),
+    ]
+    for path, place, options, kind, words in attempts:
+        with pytest.raises(kind, match=words):
+            clipfs.mount(path, place, options)
+    assert mountinfo.top_at(str(mountpoint)) is None
+
+
+def test_a_server_that_hangs_does_not_hang_mount(clip: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stuck(path: Path, place: str, options: MountOptions, on_ready: Callable[[state.MountRecord], None]) -> None:
+        """Mounts, says so, and never answers a request."""
+        me = state.MountRecord(state.Process.current(), place, str(path), "", "")
+        me.save()
+        session._open_session(session.ClipFS(None, None), place, {"fsname=stuck", "subtype=clipfs"})  # type: ignore[arg-type]
+        on_ready(me)
+        threading.Event().wait(SECONDS)
+
+    monkeypatch.setattr(session, "serve", stuck)
+    monkeypatch.setattr(daemon, "_START_SECONDS", 1.0)
+    started = time.monotonic()
+    with pytest.raises(MountError, match="does not answer"):
+        clipfs.mount(clip, mountpoint)
+    assert time.monotonic() - started < SECONDS / 2
+    assert mountinfo.top_at(str(mountpoint)) is None
+
+
+def test_a_server_that_crashes_is_an_error(clip: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "serve", lambda *_: os.kill(os.getpid(), signal.SIGSEGV))
+    with pytest.raises(MountError, match="ended without a word"):
+        clipfs.mount(clip, mountpoint)
+
+
+# --- the process that serves
+
+
+def test_it_holds_none_of_our_descriptors_and_is_no_child_of_ours(clip: Path, mountpoint: Path) -> None:
+    reading, writing = os.pipe()
+    try:
+        with clipfs.mount(clip, mountpoint) as mounted:
+            os.close(writing)
+            assert select.select([reading], [], [], SECONDS)[0]
+            assert os.read(reading, 1) == b""
+            assert os.getsid(mounted.pid) != os.getsid(0)
+            assert os.readlink(f"/proc/{mounted.pid}/cwd") == "/"
+            with pytest.raises(ChildProcessError):
+                os.waitpid(mounted.pid, os.WNOHANG)
+    finally:
+        os.close(reading)
+
+
+def test_mounting_imports_no_loop_into_the_caller(clip: Path, mountpoint: Path) -> None:
+    code = (
+        "import sys, clipfs\n"
+        "with clipfs.mount(*sys.argv[1:]):\n"
+        "    print([name for name in ('trio', 'pyfuse3', 'httpx2') if name in sys.modules])"
+    )
+    done = run(sys.executable, "-c", code, clip, mountpoint, cwd=REPOSITORY)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+async def test_trio_programs_mount_from_a_thread(clip: Path, mountpoint: Path) -> None:
+    with pytest.raises(UsageError, match="to_thread"):
+        clipfs.mount(clip, mountpoint)
+    with await trio.to_thread.run_sync(clipfs.mount, clip, mountpoint):
+        assert await trio.Path(mountpoint / "hello").read_text() == "hello\n"
+
+
+def test_in_the_foreground_this_process_serves(clip: Path, mountpoint: Path) -> None:
+    code = (
+        "import sys\n"
+        "from clipfs.mounter import serve\n"
+        "serve(sys.argv[1], sys.argv[2], on_ready=lambda: print('ready', flush=True))"
+    )
+    command = [sys.executable, "-c", code, str(clip), str(mountpoint)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == "ready\n"
+            assert (mountpoint / "hello").read_text() == "hello\n"
+            assert [record.process.pid for record in clipfs.mounts()] == [server.pid]
+            server.send_signal(signal.SIGINT)
+            assert server.wait(SECONDS) == 0
+        finally:
+            server.kill()
+
+
+# --- without privileges
+
+
+AS_NOBODY = """
+import os, select, sys, clipfs
+from clipfs import MountError, MountOptions, mountinfo
+clip, place = sys.argv[1:]
+with clipfs.mount(clip, place):
+    print(sorted(os.listdir(place)), open(place + "/hello").read())
+try:
+    clipfs.mount(clip, place, MountOptions(allow_other=True))
+except MountError as error:
+    print(error)
+mounted = clipfs.mount(clip, place)
+descriptor = os.pidfd_open(mounted.pid)
+os.kill(mounted.pid, 9)
+select.select([descriptor], [], [])
+print(len(clipfs.gc()), mountinfo.top_at(place), clipfs.mounts())
+"""
+
+
+def test_without_root_fusermount_does_it(image: str, public: Path) -> None:
+    """In a mount namespace of its own, where /dev/fuse is open to all as it is on most machines."""
+    layout, home, node = public / "oci", public / "home", public / "node"
+    shutil.copytree(image.split(":")[1], layout)
+    clipfs.build(f"oci:{layout}:latest", public / "small.clip")
+    (home / "mnt").mkdir(parents=True)
+    node.mkdir()
+    for path in (home, home / "mnt"):
+        os.chown(path, 65534, 65534)
+    inside = """
+        mount -t tmpfs none "$1" && mknod -m 666 "$1/fuse" c 10 229 && mount --bind "$1/fuse" /dev/fuse
+        shift
+        exec setpriv --reuid 65534 --regid 65534 --clear-groups "$@"
+    """
+    done = run(
+        *("unshare", "--mount", "sh", "-ec", inside, "sh", node),
+        *(sys.executable, "-c", AS_NOBODY, public / "small.clip", home / "mnt"),
+        env={"PATH": os.environ["PATH"], "CLIPFS_STATE": str(home / "state"), "PYTHONPATH": str(REPOSITORY)},
+        cwd=Path("/"),
+    )
+    assert done.stderr == ""
+    listing, refusal, after = done.stdout.replace("\n\n", "\n").splitlines()
+    assert listing == "['big', 'bin', 'hello', 'secret', 'usr', 'zero'] hello"
+    assert "user_allow_other" in refusal
+    assert after == "1 None []"
+
+
+def as_nobody(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a program as a user who owns nothing."""
+    return run("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", *command)
