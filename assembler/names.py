@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import secrets
@@ -29,22 +30,23 @@ def invented() -> str:
     return secrets.token_hex(6)
 
 
-def remove_tree(root: Path, last: tuple[str, ...] = ()) -> None:
-    """Remove a directory and all below it, the entries named `last` at the very end. Nothing happens if it is not there.
+def remove_tree(root: Path) -> None:
+    """Remove a directory and all below it; see `empty_tree`. Nothing happens if it is not there."""
+    if root.is_dir() and not root.is_symlink():
+        empty_tree(root)
+        root.rmdir()
+
+
+def empty_tree(root: Path, *, keep: str | None = None) -> None:
+    """Remove all that is in a directory, except an entry of the name `keep`.
 
     Never across a mount point: before a directory is entered it is renamed to a place directly below `root`, which the
     kernel refuses for whatever something is mounted on (EBUSY, a MountError here). That also makes a tree of any depth
     flat, so neither recursion nor descriptors run out, and a removal that was cut short can be begun again.
     """
+    top = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        top = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return
-    try:
-        _empty(top, keep=last)
-        for name in last:
-            _unlink(top, name)
-        os.rmdir(root)
+        _empty(top, keep)
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise clipfs.MountError(f"cannot remove {root}: something is still mounted below it") from error
@@ -53,19 +55,28 @@ def remove_tree(root: Path, last: tuple[str, ...] = ()) -> None:
         os.close(top)
 
 
-def _empty(top: int, keep: tuple[str, ...]) -> None:
-    number = 0
-    waiting = [top]
-    while waiting:
-        here = waiting.pop()
-        for name in os.listdir(here):
-            if here == top and name in keep:
-                continue
-            if not _unlink(here, name):
-                moved = f"#{number}.{secrets.token_hex(4)}"
-                number += 1
-                os.rename(name, moved, src_dir_fd=here, dst_dir_fd=top)
-    raise NotImplementedError
+def _empty(top: int, keep: str | None) -> None:
+    prefix = f"#{secrets.token_hex(4)}."
+    numbers = itertools.count()
+
+    def flatten(directory: int, name: str) -> str:
+        moved = f"{prefix}{next(numbers)}"
+        os.rename(name, moved, src_dir_fd=directory, dst_dir_fd=top)
+        return moved
+
+    todo = [name for name in os.listdir(top) if name != keep]
+    while todo:
+        name = todo.pop()
+        if _unlink(top, name):
+            continue
+        if not name.startswith(prefix):
+            name = flatten(top, name)
+        inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
+        try:
+            todo += [flatten(inner, each) for each in os.listdir(inner) if not _unlink(inner, each)]
+        finally:
+            os.close(inner)
+        os.rmdir(name, dir_fd=top)
 
 
 def _unlink(directory: int, name: str) -> bool:

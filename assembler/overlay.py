@@ -50,9 +50,10 @@ class ContainerOverlay:
         # Absolute, but no link is resolved: the last component may be a mount whose server must not be asked in vain.
         self.lowers = tuple(each.absolute() for each in lowers)
         self.required = tuple(required)
-        self.layer = base.absolute() / container_id / _LAYER
+        # A runtime refuses a root that is reached through a link.
+        self.layer = base.resolve() / container_id / _LAYER
         self.merged = self.layer / "merged"
-        self._kept = upper.absolute() if upper else None
+        self._kept = upper.resolve() if upper else None
         self._undo = ExitStack()
 
     @property

@@ -1,4 +1,4 @@
-"""What tar headers say beyond their fixed fields: numbers, PAX records, extended attributes, sparse maps.
+"""What tar headers say beyond their fixed fields: numbers, PAX records, extended attributes.
 
 This module owns the notations. It does not know which member it reads for, nor in which order headers come: `layer`
 does, and adds member and offset to the errors raised here. All input is a stranger's; every function takes time and
@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import binascii
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from urllib.parse import unquote_to_bytes
 
 from clipfs.errors import ImageError, shown
+
+# Go's archive/tar reads no larger extended header, long name or sparse map, so no layer in use has one.
+MAX_EXTENSION = 1 << 20
 
 # What Linux lets a file have: a value, and the list of all names. What does not fit can be on no file.
 MAX_XATTR_VALUE = 0xFFFF
@@ -30,13 +33,11 @@ _LENGTH = re.compile(rb"([0-9]{1,7}) ")
 _SCHILY_XATTR = b"SCHILY.xattr."
 _LIBARCHIVE_XATTR = b"LIBARCHIVE.xattr."
 
+_FOR_ALL = (b"path", b"linkpath", b"size", b"uid", b"gid", b"mtime")
+
 _SPARSE_OFFSET = b"GNU.sparse.offset"
 _SPARSE_LENGTH = b"GNU.sparse.numbytes"
-_SPARSE_MAP = b"GNU.sparse.map"
-_PAIR = 24
-
-# (offset in the file, offset in the uncompressed layer, length)
-Segment = tuple[int, int, int]
+SPARSE_MAP = b"GNU.sparse.map"
 
 
 def numeric(field: bytes) -> int:
@@ -92,8 +93,13 @@ def records(body: bytes) -> dict[bytes, bytes]:
             found[key] = value
         at = end
     if sparse:
-        found[_SPARSE_MAP] = b",".join(sparse)
+        found[SPARSE_MAP] = b",".join(sparse)
     return found
+
+
+def is_for_all(key: bytes) -> bool:
+    """Whether a record that a global header gives for all members to come changes any of them."""
+    return key in _FOR_ALL or key.startswith((_SCHILY_XATTR, _LIBARCHIVE_XATTR))
 
 
 def xattrs(found: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
@@ -125,72 +131,3 @@ def _check_xattrs(found: Mapping[bytes, bytes]) -> None:
     names = sum(map(len, found)) + len(found)
     if names > MAX_XATTR_NAMES or names + sum(map(len, found.values())) + _XATTR_OVERHEAD * len(found) > _MAX_XATTRS:
         raise ImageError(f"its {len(found)} xattrs are more than a file can have")
-
-
-def sparse_map(found: Mapping[bytes, bytes]) -> list[int]:
-    """The map of sparse formats 0.0 and 0.1, as a flat list: offset, length, offset, length …"""
-    text = found.get(_SPARSE_MAP, b"")
-    numbers = [decimal(number) for number in text.split(b",")] if text else []
-    if len(numbers) != 2 * decimal(found.get(b"GNU.sparse.numblocks", b"")):
-        raise ImageError("its sparse map does not have as many entries as it says")
-    return numbers
-
-
-def old_sparse_map(fields: bytes) -> list[int]:
-    """The pairs in a GNU sparse header or one of its extension blocks; the first empty one ends them."""
-    numbers: list[int] = []
-    for at in range(0, len(fields) - _PAIR + 1, _PAIR):
-        if not fields[at]:
-            break
-        numbers += numeric(fields[at : at + 12]), numeric(fields[at + 12 : at + _PAIR])
-    return numbers
-
-
-class MapReader:
-    """The map of sparse format 1.0: decimal numbers, one a line, in the first blocks of the member's contents."""
-
-    def __init__(self) -> None:
-        self._text = bytearray()
-        self._lines = 0
-        self._wanted = 0
-
-    @property
-    def size(self) -> int:
-        return len(self._text)
-
-    def feed(self, block: bytes) -> list[int] | None:
-        """The map, as a flat list, once `block` was its last one."""
-        self._text += block
-        self._lines += block.count(b"\n")
-        if not self._wanted:
-            self._wanted = 1 + 2 * decimal(block.split(b"\n", 1)[0])
-        if self._lines < self._wanted:
-            return None
-        lines = bytes(self._text).split(b"\n", self._wanted)
-        return [decimal(line) for line in lines[1 : self._wanted]]
-
-
-def segments(numbers: list[int], size: int, stored: int, position: int) -> tuple[Segment, ...]:
-    """Where the pieces of a sparse file are in the layer.
-
-    numbers: the map, flat.  size: of the file.  stored: how many bytes of it are in the layer, from `position` on.
-    The map must be in order, within the file, and account for all that is stored: what Go's reader demands, too.
-    """
-    found: list[Segment] = []
-    end, at = 0, position
-    for offset, length in _pairs(numbers):
-        if not end <= offset <= offset + length <= size:
-            raise ImageError(f"its sparse map is not in order within its {size} bytes, at offset {offset}")
-        if length and found and found[-1][0] + found[-1][2] == offset:
-            start, place, before = found.pop()
-            found.append((start, place, before + length))
-        elif length:
-            found.append((offset, at, length))
-        end, at = offset + length, at + length
-    if at - position != stored:
-        raise ImageError(f"its sparse map is for {at - position} bytes, but {stored} are stored")
-    return tuple(found)
-
-
-def _pairs(numbers: list[int]) -> Iterable[tuple[int, int]]:
-    return zip(numbers[::2], numbers[1::2], strict=True)

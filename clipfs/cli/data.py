@@ -34,7 +34,10 @@ def cat(args: argparse.Namespace) -> int:
             raise UsageError(f"{args.path} is not a regular file")
 
         async def main() -> None:
-            async with _fetcher(index, args) as fetcher, BlockReader(index, fetcher, counters=Counters.private()) as reader:
+            async with (
+                _fetcher(index, args) as fetcher,
+                BlockReader(index, fetcher, counters=Counters.private()) as reader,
+            ):
                 for at in range(0, node.size, _PIECE):
                     data = await reader.read(node.address + at, min(_PIECE, node.size - at))
                     await trio.to_thread.run_sync(sys.stdout.buffer.write, data)
@@ -88,7 +91,10 @@ def extract(args: argparse.Namespace) -> int:
     with opened(args) as index:
 
         async def main() -> int:
-            async with _fetcher(index, args) as fetcher, BlockReader(index, fetcher, counters=Counters.private()) as reader:
+            async with (
+                _fetcher(index, args) as fetcher,
+                BlockReader(index, fetcher, counters=Counters.private()) as reader,
+            ):
                 done = await extract_tree(index, reader.read, args.directory)
             for sentence in done.skipped:
                 print(f"clipfs: left out {sentence}", file=sys.stderr)

@@ -142,7 +142,9 @@ def _add_mount_commands(commands: Commands[_Parser]) -> None:
     parser = _command(commands, "mount", "mounts", "mount an image on a directory")
     parser.add_argument("target", metavar="X")
     parser.add_argument("directory", metavar="DIR", type=Path)
-    parser.add_argument("-o", dest="options", metavar="OPTS", default="", help="as mount(8): ro,allow_other,cache=64M,…")
+    parser.add_argument(
+        "-o", dest="options", metavar="OPTS", default="", help="as mount(8): ro,allow_other,cache=64M,…"
+    )
     parser.add_argument("-f", dest="foreground", action="store_true", help="stay in the foreground")
     _add_source_options(parser)
 

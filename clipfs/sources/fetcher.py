@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import trio
 
@@ -49,7 +50,7 @@ class LayerFetcher:
                 )
             return self._source
 
-    async def __aenter__(self) -> LayerFetcher:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(

@@ -1,0 +1,82 @@
+"""How a container is to be run, as its user says it. Checks the spelling, not whether it can be done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import clipfs
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A file or directory of the host that the container sees at `destination`."""
+
+    source: Path
+    destination: str
+    read_only: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Volume:
+        """``SRC:DST[:ro|rw]``, the source absolute or relative to the working directory."""
+        source, _, rest = text.partition(":")
+        destination, _, mode = rest.partition(":")
+        if not source or not destination.startswith("/") or mode not in ("", "ro", "rw"):
+            raise clipfs.UsageError(f"a volume is given as SRC:/DST or SRC:/DST:ro, not '{text}'")
+        return cls(Path(source).absolute(), destination, mode == "ro")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """What `podman run` lets one say, with its defaults where the assembler has no reason for others.
+
+    command: instead of the image's Cmd. entrypoint: instead of the image's Entrypoint, and then its Cmd does not count
+    either; ``()`` for none. name: the container's id, else a random one.
+    env: ``K=V``, or ``K`` to pass on the caller's. tmpfs: ``DIR[:OPTIONS]``. required: directories to seed besides the
+    standard ones.
+    network: "host", because an isolated network is of use only with bridges, NAT and name service around it, which
+    take a daemon; or "none", which has the loopback interface only.
+    memory, cpus: limits, in bytes and in processors.
+    remove: nothing of the container stays on disk. upper: what it writes goes here, stays, and is there next time.
+    runtime: "runc", "crun" or the path of one.
+    """
+
+    command: tuple[str, ...] = ()
+    entrypoint: tuple[str, ...] | None = None
+    name: str | None = None
+    env: tuple[str, ...] = ()
+    workdir: str | None = None
+    user: str | None = None
+    volumes: tuple[Volume, ...] = ()
+    tmpfs: tuple[str, ...] = ()
+    hostname: str | None = None
+    network: Literal["host", "none"] = "host"
+    memory: int | None = None
+    cpus: float | None = None
+    read_only: bool = False
+    interactive: bool = False
+    tty: bool = False
+    remove: bool = False
+    runtime: str = "runc"
+    required: tuple[str, ...] = ()
+    upper: Path | None = None
+    #: What ``K`` in `env` is taken from; None means this process's environment.
+    environ: Mapping[str, str] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        for what, path in (("working directory", self.workdir), *(("tmpfs", each) for each in self.tmpfs)):
+            if path is not None and not path.startswith("/"):
+                raise clipfs.UsageError(f"a {what} is an absolute path inside the container, not '{path}'")
+        if self.network not in ("host", "none"):
+            raise clipfs.UsageError(f"a network is 'host' or 'none', not '{self.network}'")
+        # runc's own lower bound for the period's share is 1 ms of 100.
+        if self.cpus is not None and not self.cpus >= 0.01:
+            raise clipfs.UsageError(f"a container needs at least 0.01 CPUs, not {self.cpus}")
+        # The kernel starts nothing in less; the limit is docker's and podman's too.
+        if self.memory is not None and self.memory < 6 << 20:
+            raise clipfs.UsageError(f"a container needs at least 6 MiB of memory, not {self.memory} bytes")
+        for entry in self.env:
+            if entry.startswith("=") or not entry or "\0" in entry:
+                raise clipfs.UsageError(f"a variable is given as K=V or K, not {entry!r}")
