@@ -32,7 +32,7 @@ class Container:
         self.id = container_id
         self.path = base / container_id
         self.keep = False
-        self._lock = lock
+        self._lock: int | None = lock
 
     @classmethod
     def create(cls, base: Path, name: str | None = None) -> Self:
@@ -100,16 +100,24 @@ class Container:
 
     def close(self) -> None:
         """Remove the directory, or leave it if it is to be kept, and give up the id. MountError if it is in use."""
+        if self._lock is None:
+            return
         try:
             if self.keep:
                 (self.path / _KEPT).touch()
-                return
-            # The lock goes last, and nobody looks meanwhile: until then it is recognisable as what it is.
-            names.empty_tree(self.path, keep=_LOCK)
-            with _locked(self.base):
-                names.remove_tree(self.path)
+            else:
+                # The lock goes last, while nobody else looks: until then this can be recognised as what it is.
+                names.empty_tree(self.path, keep=_LOCK)
+                with _locked(self.base):
+                    names.remove_tree(self.path)
         finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let go of it as it is; unless it was to be kept, it is debris now."""
+        if self._lock is not None:
             os.close(self._lock)
+            self._lock = None
 
     def __enter__(self) -> Self:
         return self

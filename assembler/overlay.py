@@ -22,6 +22,7 @@ from typing import Self
 
 import clipfs
 from assembler import kernel, names
+from assembler.container import Container
 from assembler.upper import seed
 
 _log = logging.getLogger("assembler")
@@ -33,7 +34,7 @@ class ContainerOverlay:
     """An overlay over `lower` (or several, topmost first) for one container; as a context manager, mounted in between.
 
     required: more directories to seed. upper: where what is written goes, and stays; without it, below `base`.
-    Unmounting leaves `upper` as it is.
+    Unmounting leaves `upper` as it is. Where there is no `Container` of this id yet, the overlay is its own.
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class ContainerOverlay:
         self.lowers = tuple(each.absolute() for each in lowers)
         self.required = tuple(required)
         # A runtime refuses a root that is reached through a link.
-        self.layer = base.resolve() / container_id / _LAYER
+        self.base = base.resolve()
+        self.layer = self.base / container_id / _LAYER
         self.merged = self.layer / "merged"
         self._kept = upper.resolve() if upper else None
         self._undo = ExitStack()
@@ -69,6 +71,9 @@ class ContainerOverlay:
         if not self.lowers:
             raise clipfs.UsageError("a container needs at least one lower directory")
         with ExitStack() as undo:
+            own = None
+            if not self.layer.parent.exists():
+                own = undo.enter_context(Container.create(self.base, self.container_id))
             try:
                 work = self._directories(undo)
                 self._seed()
@@ -76,6 +81,8 @@ class ContainerOverlay:
             except OSError as error:
                 raise self._explained(error) from error
             undo.callback(self._unmount_merged)
+            if own is not None:
+                own.keep = True
             self._undo = undo.pop_all()
         _log.info("mounted layer container_id=%s layer_index=0", self.container_id)
 
@@ -94,7 +101,6 @@ class ContainerOverlay:
 
     def _directories(self, undo: ExitStack) -> Path:
         """Make what the mount needs; returns the work directory."""
-        self.layer.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
             self.layer.mkdir(mode=0o700)
         except FileExistsError:

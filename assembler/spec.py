@@ -143,7 +143,9 @@ def _standard_mounts() -> list[dict[str, Any]]:
     return [
         _mount("/proc", "proc", "proc", *quiet),
         _mount("/dev", "tmpfs", "tmpfs", "nosuid", "strictatime", "mode=755", "size=65536k"),
-        _mount("/dev/pts", "devpts", "devpts", "nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"),
+        _mount(
+            "/dev/pts", "devpts", "devpts", "nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"
+        ),
         _mount("/dev/shm", "tmpfs", "shm", *quiet, "mode=1777", "size=65536k"),  # noqa: S108
         _mount("/dev/mqueue", "mqueue", "mqueue", *quiet),
         _mount("/sys", "sysfs", "sysfs", *quiet, "ro"),

@@ -24,7 +24,7 @@ from clipfs.codec import detect
 from clipfs.errors import ClipfsError, ImageError, IntegrityError, SourceError
 from clipfs.format import Layer
 from clipfs.layer import Entry, TarWalk
-from clipfs.oci import Descriptor, Digest, ImageConfig, Platform
+from clipfs.oci import Descriptor, Digest, Platform
 from clipfs.sources.base import Image, LocalBlob, Source
 from clipfs.spans import scan
 from clipfs.tree import Tree
@@ -131,7 +131,7 @@ async def build_image(source: Source, image: Image, out: Path, progress: Progres
     tree, layers = Tree(), []
     for number, (blob, diff_id) in enumerate(zip(manifest.layers, config.diff_ids, strict=True)):
         progress.begin(f"layer {number + 1}/{len(manifest.layers)}", blob.size)
-        async with _blob_at_hand(source, blob, progress) as local:
+        async with _blob_at_hand(source, blob) as local:
             layers.append(await trio.to_thread.run_sync(_index_layer, number, local, blob, diff_id, tree, progress))
 
     def finish() -> tuple[int, int]:
@@ -166,7 +166,7 @@ async def build_image(source: Source, image: Image, out: Path, progress: Progres
 
 
 @asynccontextmanager
-async def _blob_at_hand(source: Source, blob: Descriptor, progress: Progress) -> AsyncIterator[LocalBlob]:
+async def _blob_at_hand(source: Source, blob: Descriptor) -> AsyncIterator[LocalBlob]:
     """The layer as bytes on a disk: where it lies, or a spool file that is gone afterwards.
 
     A gzip decoder has to see the whole stream once, so a remote layer passes through here once, and never again.

@@ -14,8 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import trio
+
+from clipfs.blocks.counters import Counters
+from clipfs.blocks.reader import BlockReader
 from clipfs.errors import ClipfsError, UsageError, shown
 from clipfs.index import Index, Node
+from clipfs.sources.fetcher import LayerFetcher, SourceOptions
 
 # A file is copied in pieces of this many bytes: one gzip span, so a piece costs at most two decodes.
 _PIECE = 4 << 20
@@ -32,21 +37,35 @@ class Extracted:
     skipped: tuple[str, ...]
 
 
-async def extract_tree(index: Index, read: Read, target: Path) -> Extracted:
-    """Write the image's tree into `target`, an empty or new directory.
+def extract(clip: Path | str, target: Path | str, access: SourceOptions | None = None) -> Extracted:
+    """Write the tree of the file `clip` into `target`, an empty or a new directory.
 
-    read(address, length) -> bytes of the data space. As root everything is exact; others get the files without owners,
-    devices and privileged xattrs.
+    As root everything is exact; others get the files without owners, devices and privileged xattrs. `access` says how
+    to reach the source of the bytes. UsageError if the directory cannot be used, and what reading an image raises.
     """
+    place = Path(target)
+    _prepare(place)
+
+    async def main(index: Index) -> Extracted:
+        async with (
+            LayerFetcher(index.source, index.manifest, access) as fetcher,
+            BlockReader(index, fetcher, counters=Counters.private()) as reader,
+        ):
+            unpacking = _Unpacking(index, place)
+            await unpacking.run(reader.read)
+            return Extracted(len(unpacking.first), unpacking.written, tuple(unpacking.skipped))
+
+    with Index.open(clip) as index:
+        return trio.run(main, index)
+
+
+def _prepare(target: Path) -> None:
     try:
         target.mkdir(exist_ok=True)
         if any(target.iterdir()):
             raise UsageError(f"{target} is not empty; name an empty or a new directory to unpack into")
     except OSError as error:
         raise UsageError(f"cannot unpack into {target}: {error.strerror}") from error
-    unpacking = _Unpacking(index, target)
-    await unpacking.run(read)
-    return Extracted(len(unpacking.first), unpacking.written, tuple(unpacking.skipped))
 
 
 class _Unpacking:

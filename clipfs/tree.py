@@ -12,7 +12,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterable, Iterator
 
-from clipfs.erofs import BLOCK, XATTR_PREFIXES, Inode, is_whiteout, is_xattr_name
+from clipfs.erofs import BLOCK, MAX_NAME, XATTR_PREFIXES, Inode, is_whiteout, is_xattr_name
 from clipfs.errors import ImageError, shown
 from clipfs.format import Extent
 from clipfs.layer import Entry, Member, Opaque, Whiteout
@@ -20,17 +20,29 @@ from clipfs.layer import Entry, Member, Opaque, Whiteout
 # As the kernel's MAXSYMLINKS: a path that needs more is a loop.
 _MAX_LINKS = 40
 
+# Several times the largest images there are. One name in a layer can imply two thousand directories, so counting the
+# layer's bytes does not bound the tree.
+MAX_INODES = 1 << 23
+
+# More warnings than this are read by nobody, and a hostile image could ask for any number.
+_MAX_WARNINGS = 100
+
+_Children = dict[bytes, Inode]
+
 
 class Tree:
-    """The tree so far. `warnings` says in a sentence each what an image held that the result cannot."""
+    """The tree so far. `warnings` says in a sentence each what an image held that the result cannot; `inodes` is how
+    many there are when the tree is finished."""
 
     def __init__(self) -> None:
         self.root = _implied()
         self.warnings: list[str] = []
         self.inodes = 0
+        self._made = 0
+        self._unsaid = 0
         # Parents resolved before, by path: members of a directory follow each other. Emptied when a path may lead
         # elsewhere than it did.
-        self._parents: dict[bytes, Inode] = {}
+        self._parents: dict[bytes, _Children] = {}
 
     def apply(self, layer: int, entries: Iterable[Entry]) -> None:
         """Put layer number `layer` on top. ImageError names the entry that cannot be applied."""
@@ -41,44 +53,38 @@ class Tree:
                 members.append(entry)
             else:
                 self._delete(entry)
-        self._parents.clear()
         for member in members:
             self._add(layer, member)
 
     def _delete(self, entry: Whiteout | Opaque) -> None:
-        try:
-            if isinstance(entry, Opaque):
-                directory = self._find(entry.path, follow=True)
-                if directory is not None and directory.children is not None:
-                    directory.children.clear()
-                return
-            above, _, name = entry.path.rpartition(b"/")
-            directory = self._find(above, follow=True)
-            if directory is not None and directory.children is not None:
-                directory.children.pop(name, None)
-        except _LinkLoopError:
-            raise ImageError(_LOOP, member=entry.path, offset=entry.offset) from None
+        """Nothing there to delete is no error: a layer may be used on top of others than it was made on."""
+        if isinstance(entry, Opaque):
+            children = self._directory(entry.path, entry)
+            if children is not None:
+                children.clear()
+            return
+        above, _, name = entry.path.rpartition(b"/")
+        children = self._directory(above, entry)
+        if children is not None:
+            children.pop(name, None)
 
     def _add(self, layer: int, member: Member) -> None:
         above, _, name = member.path.rpartition(b"/")
         if not name:
             self._dress_root(member)
             return
-        siblings = self._parent(above, member).children
-        assert siblings is not None  # noqa: S101  _parent returns directories only
+        siblings = self._parents.get(above)
+        if siblings is None:
+            siblings = self._parent(above, member)
         before = siblings.get(name)
-        if member.hardlink:
-            inode = self._link_target(member)
-            if inode is before:
-                return
-        else:
-            inode = self._inode(layer, member)
-            if before is not None and before.children is not None and inode.children is not None:
+        inode = self._link_target(member) if member.hardlink else self._inode(layer, member)
+        if before is not None and inode is not before:
+            if before.children is not None and inode.children is not None:
                 inode.children = before.children
-        if before is not None and (before.children is not None or before.target):
-            self._parents.clear()
+            elif before.children is not None or before.target:
+                self._parents.clear()
         if is_whiteout(inode.mode, inode.rdev):
-            self.warnings.append(f"device {shown(member.path)} is left out: 0:0 would be a whiteout to overlayfs")
+            self._warn(f"device {shown(member.path)} is left out: overlayfs would take 0:0 for a whiteout")
             siblings.pop(name, None)
         else:
             siblings[name] = inode
@@ -88,120 +94,154 @@ class Tree:
             raise ImageError("the root of an image must be a directory", member=b"/", offset=member.offset)
         children, self.root = self.root.children, self._inode(0, member)
         self.root.children = children
-        self._parents.clear()
 
     def _inode(self, layer: int, member: Member) -> Inode:
-        kind = stat.S_IFMT(member.mode)
+        self._count(member)
+        parts = member.segments
         return Inode(
             member.mode,
             member.uid,
             member.gid,
             member.mtime_ns,
-            member.size if kind == stat.S_IFREG else 0,
+            member.size,
             member.rdev,
-            member.link if kind == stat.S_IFLNK else b"",
-            self._xattrs(member) if member.xattrs else {},
-            {} if kind == stat.S_IFDIR else None,
+            member.link,
+            self._xattrs(member) if member.xattrs else member.xattrs,
+            {} if stat.S_ISDIR(member.mode) else None,
             1,
-            tuple((at, layer, offset, length) for at, offset, length in member.segments if length),
+            tuple([(at, layer, offset, length) for at, offset, length in parts]) if parts else (),
         )
 
+    def _count(self, entry: Entry) -> None:
+        self._made += 1
+        if self._made > MAX_INODES:
+            raise ImageError(
+                f"the image has more than {MAX_INODES} files and directories", member=entry.path, offset=entry.offset
+            )
+
     def _xattrs(self, member: Member) -> dict[bytes, bytes]:
+        # Linux lets users' attributes be on files and directories only, and nobody could read others.
+        plain = stat.S_ISREG(member.mode) or stat.S_ISDIR(member.mode)
         kept = {}
         for name, value in member.xattrs.items():
-            if any(is_xattr_name(name, prefix) for prefix in XATTR_PREFIXES.values()):
+            known = any(is_xattr_name(name, prefix) for prefix in XATTR_PREFIXES.values())
+            if known and (plain or not name.startswith(b"user.")):
                 kept[name] = value
             else:
-                self.warnings.append(f"xattr {shown(name)} of {shown(member.path)} is left out: no image may set it")
+                self._warn(f"xattr {shown(name)} of {shown(member.path)} is left out: Linux or overlayfs forbids it")
         return kept
 
+    def _warn(self, sentence: str) -> None:
+        if len(self.warnings) < _MAX_WARNINGS:
+            self.warnings.append(sentence)
+        else:
+            self._unsaid += 1
+
     def _link_target(self, member: Member) -> Inode:
+        """What a hard link leads to: the way there may lead over symlinks, but a symlink there is linked itself."""
         above, _, name = member.link.rpartition(b"/")
-        try:
-            directory = self._find(above, follow=True)
-        except _LinkLoopError:
-            raise ImageError(_LOOP, member=member.path, offset=member.offset) from None
-        found = directory.children.get(name) if directory is not None and directory.children is not None else None
+        siblings = self._parents.get(above)
+        if siblings is None:
+            siblings = self._directory(above, member) or {}
+        found = siblings.get(name)
         if found is None or found.children is not None:
             what = "which is a directory" if found is not None or not name else "which does not exist"
-            raise ImageError(f"hard link to {shown(member.link)}, {what}", member=member.path, offset=member.offset)
+            raise ImageError(
+                f"it is a hard link to {shown(member.link)}, {what}", member=member.path, offset=member.offset
+            )
         return found
 
-    def _parent(self, path: bytes, member: Member) -> Inode:
+    def _parent(self, path: bytes, member: Member) -> _Children:
         """The directory `path`, made where it is missing."""
-        directory = self._parents.get(path)
-        if directory is None:
-            try:
-                directory = self._find(path, follow=True, make=True)
-            except _LinkLoopError:
-                raise ImageError(_LOOP, member=member.path, offset=member.offset) from None
-            if directory is None or directory.children is None:
-                raise ImageError(
-                    f"{shown(path)} is no directory, so nothing can be in it", member=member.path, offset=member.offset
-                )
-            self._parents[path] = directory
-        return directory
+        children = self._directory(path, member, make=True)
+        if children is None:
+            raise ImageError(
+                f"{shown(path)} is no directory, so nothing can be in it", member=member.path, offset=member.offset
+            )
+        self._parents[path] = children
+        return children
 
-    def _find(self, path: bytes, *, follow: bool, make: bool = False) -> Inode | None:
-        """The inode at `path` with symlinks followed inside the root, None if there is none.
+    def _directory(self, path: bytes, entry: Entry, *, make: bool = False) -> _Children | None:
+        """What is in the directory `path`, with symlinks followed inside the root; None if it is not there or no
+        directory. entry: on whose behalf, for errors.
 
         make: directories that are missing come into being, also where a dangling link points.
         """
-        trail, names, links = [self.root], path.split(b"/")[::-1], 0
+        trail, missing, names, links = [self.root], list[bytes](), path.split(b"/")[::-1], 0
         while names:
             name = names.pop()
             if name in (b"", b"."):
                 continue
             if name == b"..":
-                # As in a chroot: above the root is the root.
-                if len(trail) > 1:
+                # As in a chroot: above the root is the root. What is missing is made only if the way ends there.
+                if missing:
+                    missing.pop()
+                elif len(trail) > 1:
                     trail.pop()
                 continue
             children = trail[-1].children
             if children is None:
                 return None
-            inode = children.get(name)
+            inode = None if missing else children.get(name)
             if inode is None:
-                if not make:
-                    return None
-                inode = children[name] = _implied()
-            if inode.target and (names or follow):
+                missing.append(name)
+            elif inode.target:
                 links += 1
                 if links > _MAX_LINKS:
-                    raise _LinkLoopError
+                    raise ImageError("too many symbolic links on the way", member=entry.path, offset=entry.offset)
                 names += inode.target.split(b"/")[::-1]
                 if inode.target.startswith(b"/"):
                     del trail[1:]
             else:
                 trail.append(inode)
-        return trail[-1]
+        if missing and not make:
+            return None
+        return self._made_below(trail[-1], missing, entry)
+
+    def _made_below(self, directory: Inode, names: list[bytes], entry: Entry) -> _Children | None:
+        for name in names:
+            if len(name) > MAX_NAME:
+                raise ImageError("a symlink on the way has too long a name", member=entry.path, offset=entry.offset)
+            self._count(entry)
+            below = _implied()
+            if directory.children is not None:
+                directory.children[name] = below
+            directory = below
+        return directory.children
 
     def finish(self) -> tuple[list[Extent], int]:
         """Count links and lay out the data space: (extents by address, bytes of data space).
 
         Contents lie in the order of the layers, so that what was archived together is read together.
         """
-        files: dict[int, Inode] = {}
-        self.inodes = 0
-        for inode in self._inodes():
-            if inode.children is not None:
-                self.inodes += 1
-                inode.nlink = 2 + sum(child.children is not None for child in inode.children.values())
-            elif id(inode) in files:
-                inode.nlink += 1
-            else:
-                files[id(inode)] = inode
-                self.inodes += 1
-                inode.nlink = 1
-        stored = [inode for inode in files.values() if inode.size]
-        # A file without contents of its own (all hole) goes to the end; sorting is stable, so the order is the tree's.
-        stored.sort(key=lambda inode: inode.segments[0][1:3] if inode.segments else (1 << 32, 0))
+        if self._unsaid:
+            self.warnings.append(f"{self._unsaid} more things are left out for such reasons")
+            self._unsaid = 0
         extents, end = [], 0
-        for inode in stored:
+        for inode in self._stored():
             inode.address = end
             extents += [Extent(end + at, layer, offset, size) for at, layer, offset, size in inode.segments]
             end += -(-inode.size // BLOCK) * BLOCK
         return extents, end
+
+    def _stored(self) -> list[Inode]:
+        """Every file that has contents, in the order of the data space. Counts inodes and their links on the way."""
+        files: dict[int, Inode] = {}
+        directories = 0
+        for inode in self._inodes():
+            if inode.children is not None:
+                directories += 1
+                inode.nlink = 2 + sum([child.children is not None for child in inode.children.values()])
+            elif id(inode) in files:
+                inode.nlink += 1
+            else:
+                files[id(inode)] = inode
+                inode.nlink = 1
+        self.inodes = directories + len(files)
+        stored = [inode for inode in files.values() if inode.size]
+        # A file without contents of its own (all hole) goes to the end; sorting is stable, so the order is the tree's.
+        stored.sort(key=lambda inode: inode.segments[0][1:3] if inode.segments else (1 << 32, 0))
+        return stored
 
     def _inodes(self) -> Iterator[Inode]:
         """Every name's inode, in the order of the names; one with two names comes twice."""
@@ -211,13 +251,6 @@ class Tree:
             yield inode
             if inode.children:
                 pending += [inode.children[name] for name in sorted(inode.children, reverse=True)]
-
-
-_LOOP = "too many symbolic links on the way"
-
-
-class _LinkLoopError(Exception):
-    """More than `_MAX_LINKS` links were followed; the caller knows for which entry."""
 
 
 def _implied() -> Inode:

@@ -11,11 +11,11 @@ import trio
 from clipfs.blocks.counters import Counters
 from clipfs.blocks.reader import BlockReader
 from clipfs.cli.look import resolve
-from clipfs.cli.options import opened
+from clipfs.cli.options import clip_of, opened
 from clipfs.cli.progress import progress, size
 from clipfs.codec import decode
 from clipfs.errors import UsageError
-from clipfs.extractor import extract_tree
+from clipfs.extractor import extract as unpack
 from clipfs.index import Index
 from clipfs.sources.fetcher import LayerFetcher, SourceOptions
 
@@ -88,22 +88,16 @@ async def _check_data(index: Index, args: argparse.Namespace) -> int:
 
 def extract(args: argparse.Namespace) -> int:
     """Unpack everything into a directory."""
-    with opened(args) as index:
+    done = unpack(clip_of(args), args.directory, _access(args))
+    for sentence in done.skipped:
+        print(f"clipfs: left out {sentence}", file=sys.stderr)
+    print(f"{args.directory}: {done.inodes} inodes, {size(done.bytes)}")
+    return 0
 
-        async def main() -> int:
-            async with (
-                _fetcher(index, args) as fetcher,
-                BlockReader(index, fetcher, counters=Counters.private()) as reader,
-            ):
-                done = await extract_tree(index, reader.read, args.directory)
-            for sentence in done.skipped:
-                print(f"clipfs: left out {sentence}", file=sys.stderr)
-            print(f"{args.directory}: {done.inodes} inodes, {size(done.bytes)}")
-            return 0
 
-        return trio.run(main)
+def _access(args: argparse.Namespace) -> SourceOptions:
+    return SourceOptions(insecure=args.insecure, authfile=args.authfile, ca=args.ca)
 
 
 def _fetcher(index: Index, args: argparse.Namespace) -> LayerFetcher:
-    options = SourceOptions(insecure=args.insecure, authfile=args.authfile, ca=args.ca)
-    return LayerFetcher(index.source, index.manifest, options)
+    return LayerFetcher(index.source, index.manifest, _access(args))

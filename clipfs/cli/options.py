@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,6 @@ from clipfs.cli.progress import progress
 from clipfs.errors import UsageError
 from clipfs.index import Index
 from clipfs.oci import Platform
-
-_SUFFIX = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def clip_of(args: argparse.Namespace) -> Path:
@@ -49,13 +48,9 @@ def platform_of(args: argparse.Namespace) -> Platform | None:
     return Platform.parse(args.platform) if args.platform else None
 
 
-def byte_count(text: str, what: str) -> int:
-    """``64M`` in bytes. UsageError names `what` the number was for."""
-    number, unit = text.rstrip("bB"), ""
-    number = number.removesuffix("i").removesuffix("I")
-    if number[-1:].isalpha():
-        number, unit = number[:-1], number[-1:].upper()
-    try:
-        return int(float(number) * _SUFFIX[unit])
-    except (KeyError, ValueError, OverflowError):
-        raise UsageError(f"{what} wants a size such as 512M or 2G, not '{text}'") from None
+def containers_dir() -> Path:
+    """Where containers live while they run: $CLIPFS_CONTAINERS, or /var/lib/clipfs/containers.
+
+    On a disk, because what a container writes is there.
+    """
+    return Path(os.environ.get("CLIPFS_CONTAINERS") or "/var/lib/clipfs/containers")

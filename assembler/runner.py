@@ -1,0 +1,198 @@
+"""Running a command in a container, from a lower directory to an exit code. The order of things is here, and no detail.
+
+Nothing is waited for by looking again: the overlay is seeded before it is mounted, the runtime's `create` and `start`
+return when they are done, and the rest is one `poll` on the container's process, signals and its output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import clipfs
+from assembler import kernel
+from assembler.container import Container
+from assembler.errors import RunError
+from assembler.events import Events
+from assembler.options import RunOptions
+from assembler.overlay import ContainerOverlay
+from assembler.runtime import Runtime
+from assembler.spec import command, required_directories, runtime_spec
+from assembler.stdio import Stdio
+
+_log = logging.getLogger("assembler")
+
+Archive = Literal["v1", "v2 (OCI)"]
+
+
+def run(
+    lower: Path | Sequence[Path],
+    config: clipfs.ImageConfig,
+    options: RunOptions,
+    base: Path,
+    *,
+    archive: Archive = "v1",
+    on_started: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Reserve a container below `base`, run it, and clean up; see `run_in`."""
+    with Container.create(base, options.name) as container:
+        return run_in(container, lower, config, options, archive=archive, on_started=on_started)
+
+
+def run_in(
+    container: Container,
+    lower: Path | Sequence[Path],
+    config: clipfs.ImageConfig,
+    options: RunOptions,
+    *,
+    archive: Archive = "v1",
+    on_started: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Run a command over `lower` (or several, topmost first) and return its exit code, 128 + n if signal n ended it.
+
+    lower: a root file system that is not written to: archive "v2 (OCI)" if a ClipFS serves it, "v1" if it was unpacked.
+    on_started is called with the first process's pid once it runs.
+
+    RunError with podman's exit code if it could not be started, other ClipfsErrors if the options or the image do not
+    fit; in any case mounts, cgroups and processes are gone. Signals (see `events`) go to the command meanwhile. This
+    process becomes the reaper of orphans below it, or it could not wait for the command, and stays one.
+    """
+    _log.info("detected %s archive format", archive)
+    if os.geteuid() != 0:
+        raise RunError("only root can run containers: it takes mounts and cgroups")
+    command(config, options)
+    runtime = Runtime(options.runtime, container)
+    required = required_directories(config, options)
+    overlay = ContainerOverlay(container.id, lower, container.base, required, upper=options.upper)
+    with Events() as events, overlay:
+        container.write_config(runtime_spec(config, options, overlay.merged, container.id))
+        container.record(runtime.program)
+        streams = Stdio(container.path, interactive=options.interactive, terminal=options.tty, on_end=events.post)
+        with streams, _created(runtime, streams) as process:
+            code = process.begin(events)
+            if code is None:
+                _log.info("container is now running container_id=%s", container.id)
+                on_started(process.pid)
+                code = process.attend(events, streams, _stop_signal(config))
+    container.keep = not options.remove
+    return code
+
+
+@contextlib.contextmanager
+def _created(runtime: Runtime, streams: Stdio) -> Iterator[_Process]:
+    """The container's first process, not yet started; in the end it is dead and the runtime has forgotten it."""
+    kernel.become_subreaper()
+    try:
+        process = _Process(runtime, runtime.create(streams))
+        try:
+            streams.connect()
+            yield process
+        finally:
+            process.close()
+    finally:
+        runtime.delete()
+
+
+class _Process:
+    """The first process of a container, a child of ours since the runtime that made it has ended."""
+
+    def __init__(self, runtime: Runtime, pid: int) -> None:
+        self.pid = pid
+        self._runtime = runtime
+        self._pidfd = os.pidfd_open(pid)
+        self._code: int | None = None
+        self._killed_for: int | None = None
+
+    def begin(self, events: Events) -> int | None:
+        """Start it, unless a signal that would have ended it came first: then the exit code."""
+        for number in events.take():
+            if number in _ENDING:
+                return 128 + number
+        self._runtime.start()
+        return None
+
+    def attend(self, events: Events, streams: Stdio, stop: int) -> int:
+        """Wait until it has ended and its output is out; pass signals on. SIGTERM arrives as the image's `stop`."""
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        poller.register(events, select.POLLIN)
+        while self._code is None or not streams.drained:
+            ready = [fd for fd, _ in poller.poll()]
+            if self._pidfd in ready:
+                self._reap()
+                poller.unregister(self._pidfd)
+            for number in events.take():
+                if self._code is not None:
+                    # It is over, and only our own output keeps us: whoever sends a signal now means us.
+                    return self._code
+                if number != signal.SIGWINCH or not streams.resize():
+                    self._signal(stop if number == signal.SIGTERM else number)
+        return self._code
+
+    def close(self) -> None:
+        """Kill it if it lives. The kernel has then killed all others of its container, before it let this one go."""
+        if self._code is None:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            self._reap()
+        os.close(self._pidfd)
+
+    def _reap(self) -> None:
+        ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        if ended is None:
+            raise RunError(f"the container's process {self.pid} cannot be waited for")
+        if ended.si_code == os.CLD_EXITED:
+            self._code = ended.si_status
+        elif ended.si_status == signal.SIGKILL and self._killed_for is not None:
+            self._code = 128 + self._killed_for
+        else:
+            self._code = 128 + ended.si_status
+
+    def _signal(self, number: int) -> None:
+        """Send a signal that has the effect it would have outside.
+
+        The kernel drops what the first process of a pid namespace has no handler for; so where the default is to end,
+        we end it.
+        """
+        signal.pidfd_send_signal(self._pidfd, number)
+        if number in _ENDING and _is_default(self.pid, number):
+            self._killed_for = number
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+
+# Signals that we pass on or that images choose as their stop signal, and whose default is to end a process.
+_ENDING = frozenset(
+    {
+        signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM,
+        signal.SIGABRT, *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
+    }
+)  # fmt: skip
+
+
+def _is_default(pid: int, number: int) -> bool:
+    """Whether a process neither handles nor ignores nor blocks a signal. proc(5): SigBlk, SigIgn and SigCgt are masks."""
+    held = 0
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key in ("SigBlk", "SigIgn", "SigCgt"):
+                held |= int(value, 16)
+    return not held >> (number - 1) & 1
+
+
+def _stop_signal(config: clipfs.ImageConfig) -> int:
+    """``SIGQUIT``, ``QUIT``, ``3`` or ``SIGRTMIN+3``; SIGTERM if the image says nothing or nothing sensible."""
+    name, _, offset = config.stop_signal.strip().upper().removeprefix("SIG").partition("+")
+    if not name:
+        return signal.SIGTERM
+    known = {each.name.removeprefix("SIG"): int(each) for each in signal.Signals}
+    number = known.get(name, int(name) if name.isdecimal() else 0) + (int(offset) if offset.isdecimal() else 0)
+    if 0 < number <= signal.SIGRTMAX:
+        return number
+    _log.warning("the image's stop signal %r is none; SIGTERM is used", config.stop_signal)
+    return signal.SIGTERM

@@ -1,0 +1,55 @@
+"""``clipfs mount``, ``umount`` and ``gc``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import assembler
+from clipfs import mounter
+from clipfs.cli.options import clip_of, containers_dir
+from clipfs.errors import UsageError
+from clipfs.options import MountOptions, parse
+
+
+def mount(args: argparse.Namespace) -> int:
+    """Mount, and return when the root answers; with -f serve until somebody unmounts it."""
+    options = mount_options(args, args.options)
+    clip = clip_of(args)
+    if args.foreground:
+        mounter.serve(clip, args.directory, options)
+    else:
+        mounter.mount(clip, args.directory, options)
+    return 0
+
+
+def mount_options(args: argparse.Namespace, text: str) -> MountOptions:
+    """What ``-o`` says, completed by the options that every command knows."""
+    parsed = parse(text)
+    if parsed.writable or parsed.remount:
+        raise UsageError(f"-o {text}: an image is read-only; leave out rw and remount")
+    options = parsed.options
+    return replace(
+        options,
+        authfile=options.authfile or (args.authfile and args.authfile.absolute()),
+        ca=options.ca or (args.ca and args.ca.absolute()),
+        insecure=options.insecure or args.insecure,
+    )
+
+
+def umount(args: argparse.Namespace) -> int:
+    """Unmount, and wait for the serving process to end."""
+    mounter.unmount(args.directory)
+    return 0
+
+
+def gc(args: argparse.Namespace) -> int:
+    """Remove containers whose `clipfs run` was killed, then mounts whose process was."""
+    base: Path = args.base or containers_dir()
+    for left in assembler.gc(base):
+        print(f"removed container {left}", file=sys.stderr)
+    for record in mounter.gc():
+        print(f"removed mount {record.mountpoint}", file=sys.stderr)
+    return 0
