@@ -55,7 +55,7 @@ def opened(root: int, names: Sequence[bytes], *, flags: int = os.O_PATH) -> Iter
 
 
 def locate(root: int, path: bytes) -> Place:
-    """Follow `path` from `root`. OSError: ELOOP after too many links, ENOTDIR if something in the way is no directory."""
+    """Follow `path` from `root`. OSError: ELOOP after too many links, ENOTDIR if something on the way is a file."""
     todo = path.split(b"/")[::-1]
     found: list[bytes] = []
     missing: list[bytes] = []

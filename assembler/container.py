@@ -55,7 +55,7 @@ class Container:
 
     @classmethod
     def abandoned(cls, base: Path, *, kept: bool = False) -> Iterator[Self]:
-        """Those whose owners are gone, locked now by this process; with `kept`, also those that were left on purpose."""
+        """Those whose owners are gone, locked now by this process; with `kept`, also those left on purpose."""
         if not base.is_dir():
             return
         base = base.resolve()

@@ -1,4 +1,4 @@
-"""What can go wrong when a container is to be run, beyond the errors of clipfs. Knows the exit codes, not the causes."""
+"""What can go wrong in running a container, beyond the errors of clipfs. Knows the exit codes, not the causes."""
 
 from __future__ import annotations
 

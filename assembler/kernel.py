@@ -1,8 +1,8 @@
 """The mount calls of the kernel that Python has no names for, and the mount table.
 
 Knows overlayfs' options and nothing about containers. Two ways lead to a mounted overlay: a file system context
-(``fsopen``, with one ``lowerdir+`` a layer, Linux ≥ 6.5) takes any path as it is; ``mount(2)`` takes one line of options
-with escapes, at most a page of it. The first is tried first, the second speaks for older kernels.
+(``fsopen``, with one ``lowerdir+`` a layer, Linux ≥ 6.5) takes any path as it is; ``mount(2)`` takes one line of
+options with escapes, at most a page of it. The first is tried first, the second speaks for older kernels.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def mount_overlay(target: Path, lowers: Sequence[Path], upper: Path | None = Non
 
 
 def unmount(path: Path | str) -> bool:
-    """Unmount what is on top at `path`. False if somebody was still using it: then it is detached, and ends with them."""
+    """Unmount what is on top at `path`. False if it was in use: then it is detached, and ends with its users."""
     place = os.fsencode(path)
     if _LIBC.umount2(place, _UMOUNT_NOFOLLOW) == 0:
         return True
@@ -75,7 +75,7 @@ def unmount(path: Path | str) -> bool:
 
 
 def become_subreaper() -> None:
-    """Orphans below this process become its children from now on, so that it can wait for a container's first process."""
+    """Orphans below this process become its children from now on: it can wait for a container's first process."""
     pr_set_child_subreaper = 36
     _call("prctl", pr_set_child_subreaper, 1, 0, 0, 0)
 

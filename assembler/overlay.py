@@ -4,8 +4,9 @@
 kernel's limit of two. With an upper that is to be kept, ``upper`` and ``work`` are links to where it is, so that
 whoever cleans up can see what belongs to it. Knows nothing of images, runtimes or processes.
 
-An overlay honours ``trusted.overlay.*`` xattrs and 0:0 devices of its lowers, and there is no option against it: whoever
-makes a lower from an image must leave them out. Redirects and metacopies, which could cross directories, are off.
+An overlay honours ``trusted.overlay.*`` xattrs and 0:0 devices of its lowers, and there is no option against it:
+whoever makes a lower from an image must leave them out. Redirects and metacopies, which could cross directories, are
+off.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ class ContainerOverlay:
         if error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EROFS):
             hint = (
                 f"; its upper {self.upper} is on {_fstype(self.upper)}: it has to be writable, on one mount with its "
-                "work directory, and on a file system that can be one (ext4, xfs, btrfs, tmpfs; no overlay, FUSE or NFS)"
+                "work directory, and on a file system that can be one: ext4, xfs, btrfs, tmpfs; no overlay, FUSE or NFS"
             )
         lowers = ", ".join(map(str, self.lowers))
         return clipfs.MountError(f"cannot mount an overlay over {lowers}: {said}{hint}")

@@ -175,7 +175,7 @@ _ENDING = frozenset(
 
 
 def _is_default(pid: int, number: int) -> bool:
-    """Whether a process neither handles nor ignores nor blocks a signal. proc(5): SigBlk, SigIgn and SigCgt are masks."""
+    """Whether a process leaves a signal at its default. proc(5): SigBlk, SigIgn and SigCgt are masks."""
     held = 0
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():

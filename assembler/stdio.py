@@ -29,7 +29,7 @@ _JOIN_SECONDS = 1.0
 
 
 class Stdio:
-    """One container's streams, as a context: give `child` and `console` to the runtime, `connect`, wait until `drained`.
+    """One container's streams, a context: give `child` and `console` to the runtime, `connect`, await `drained`.
 
     directory: where the socket may be made over which the runtime hands out the terminal. on_end is called, in another
     thread, each time that an output has come to its end.

@@ -34,7 +34,18 @@ _BASE = (
 )  # fmt: skip
 _PYTHON = ("python3",)
 # Written by the installation and different each time, or none of an image's business.
-_LEFT_OUT = ("dev/", "etc/hostname", "etc/resolv.conf", "proc/", "run/", "sys/", "tmp/", "var/cache/", "var/lib/apt/", "var/log/")
+_LEFT_OUT = (
+    "dev/",
+    "etc/hostname",
+    "etc/resolv.conf",
+    "proc/",
+    "run/",
+    "sys/",
+    "tmp/",
+    "var/cache/",
+    "var/lib/apt/",
+    "var/log/",
+)
 
 _SERVER = b"""\
 import http.server
@@ -87,7 +98,7 @@ def _install(scratch: Path) -> tuple[Path, Path]:
     base, python = scratch / "base.tar", scratch / "python.tar"
     snapshot = 'tar -C "$1" --one-file-system --sort=name --format=gnu --numeric-owner -cf'
     install = 'APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get -qq install --no-install-recommends'
-    quiet = ">>\"$CLIPFS_DEMO_LOG\" 2>&1"
+    quiet = '>>"$CLIPFS_DEMO_LOG" 2>&1'
     log = scratch / "log"
     command = [
         "mmdebstrap", "--mode=root", "--variant=custom", "--quiet", "--format=null",

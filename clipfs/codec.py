@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from typing import cast
 
 import zstandard
 from isal import isal_zlib
@@ -33,6 +34,9 @@ _PIECE = 64 << 10
 
 # Decoded bytes thrown away at a time, and what a zstd frame's output is collected in.
 _DISCARD = 1 << 20
+
+# isal's stubs declare its error class as an instance.
+_IsalError = cast("type[Exception]", isal_zlib.IsalError)
 
 _UNSUPPORTED = {
     b"\xfd7zXZ\x00": "xz",
@@ -109,7 +113,7 @@ def _gunzip(span: Span, data: bytes | memoryview) -> bytes:
         fed = stream[at : at + _PIECE]
         try:
             piece = decoder.decompress(fed, min(skip, _DISCARD) or wanted)
-        except isal_zlib.IsalError as error:
+        except _IsalError as error:
             raise _BrokenError(str(error)) from error
         at += len(fed) - len(decoder.unconsumed_tail) - len(decoder.unused_data)
         if skip:

@@ -184,8 +184,10 @@ class Tar:
         base256: bool = False,
     ) -> Self:
         name, link = _raw(name), _raw(link)
-        records: dict[str | bytes, str | bytes] = {f"SCHILY.xattr.{key}": value for key, value in (xattrs or {}).items()}
-        records |= dict(extra or {})
+        records: dict[str | bytes, str | bytes] = {
+            f"SCHILY.xattr.{key}": value for key, value in (xattrs or {}).items()
+        }
+        records.update(extra or {})
         if isinstance(mtime, str):
             records["mtime"] = mtime
         if len(name) > 100:

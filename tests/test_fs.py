@@ -60,7 +60,7 @@ def tree() -> Inode:
         children={
             b"file": file,
             b"sub": sub,
-            b"many": Inode(stat.S_IFDIR | 0o755, nlink=2, children=cast("dict[bytes, Inode]", many)),
+            b"many": Inode(stat.S_IFDIR | 0o755, nlink=2, children=many),
             b"link": Inode(stat.S_IFLNK | 0o777, target=b"sub/again"),
             b"null": Inode(stat.S_IFCHR | 0o666, rdev=os.makedev(1, 3)),
             b"disk": Inode(stat.S_IFBLK | 0o660, rdev=os.makedev(259, 70000)),

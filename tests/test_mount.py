@@ -20,7 +20,7 @@ import pytest
 import trio
 
 import clipfs
-from clipfs import MountError, MountOptions, UsageError, daemon, mountinfo, session, state
+from clipfs import MountError, MountOptions, UsageError, daemon, fs, mountinfo, session, state
 from tests.mounts import BIG, SECONDS, ended, files, run
 
 pytest_plugins = ("tests.mount_fixtures",)
@@ -258,7 +258,7 @@ def test_a_server_that_hangs_does_not_hang_mount(clip: Path, mountpoint: Path, m
         """Mounts, says so, and never answers a request."""
         me = state.MountRecord(state.Process.current(), place, str(path), "", "")
         me.save()
-        session._open_session(session.ClipFS(None, None), place, {"fsname=stuck", "subtype=clipfs"})  # type: ignore[arg-type]
+        session._open_session(fs.ClipFS(None, None), place, {"fsname=stuck", "subtype=clipfs"})  # type: ignore[arg-type]
         on_ready(me)
         threading.Event().wait(SECONDS)
 

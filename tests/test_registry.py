@@ -102,9 +102,8 @@ class TestReal:
     """docker-registry, open over plain HTTP and locked behind TLS and a password."""
 
     @pytest.fixture(params=["unlocked", "locked"])
-    def real(self, request: pytest.FixtureRequest) -> Registry:
-        running: Registry = request.getfixturevalue(request.param)
-        return running
+    def real(self, request: pytest.FixtureRequest, unlocked: Registry, locked: Registry) -> Registry:
+        return {"unlocked": unlocked, "locked": locked}[str(request.param)]
 
     async def test_an_image(self, real: Registry, tmp_path: Path) -> None:
         local = LayoutBuilder(tmp_path / "layout").layer(LAYER).layer(LAYER, "none").config(env=["A=1"]).write("v1")
