@@ -21,7 +21,7 @@ import trio
 from clipfs import format as clip_format
 from clipfs import sources, state
 from clipfs.codec import detect
-from clipfs.errors import ClipfsError, ImageError, IntegrityError, SourceError
+from clipfs.errors import ClipfsError, ImageError, IntegrityError, SourceError, UsageError
 from clipfs.format import Layer
 from clipfs.layer import Entry, TarWalk
 from clipfs.oci import Descriptor, Digest, Platform
@@ -191,6 +191,8 @@ async def _blob_at_hand(source: Source, blob: Descriptor) -> AsyncIterator[Local
 @contextmanager
 def _written_aside(out: Path) -> Iterator[Path]:
     """A path beside `out` to write to; it becomes `out` if all goes well and disappears if not."""
+    if out.exists() and not out.is_file():
+        raise UsageError(f"cannot write {out}: it is there and is no regular file")
     try:
         handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
     except OSError as error:

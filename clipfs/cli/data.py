@@ -14,7 +14,7 @@ from clipfs.cli.look import resolve
 from clipfs.cli.options import clip_of, opened
 from clipfs.cli.progress import progress, size
 from clipfs.codec import decode
-from clipfs.errors import UsageError
+from clipfs.errors import IntegrityError, UsageError
 from clipfs.extractor import extract as unpack
 from clipfs.index import Index
 from clipfs.sources.fetcher import LayerFetcher, SourceOptions
@@ -71,7 +71,10 @@ async def _check_data(index: Index, args: argparse.Namespace) -> int:
                 layer = index.layers[number]
                 span = layer.spans[at]
                 data = await fetcher.fetch(number, span.start, span.end)
-                plain = await trio.to_thread.run_sync(decode, layer.codec, span, data)
+                try:
+                    plain = await trio.to_thread.run_sync(decode, layer.codec, span, data)
+                except IntegrityError as error:
+                    raise IntegrityError(f"layer {layer.digest}: {error}") from None
                 verified += len(plain)
                 shown.advance(len(plain))
 
@@ -96,7 +99,7 @@ def extract(args: argparse.Namespace) -> int:
 
 
 def _access(args: argparse.Namespace) -> SourceOptions:
-    return SourceOptions(insecure=args.insecure, authfile=args.authfile, ca=args.ca)
+    return SourceOptions(name=args.source, insecure=args.insecure, authfile=args.authfile, ca=args.ca)
 
 
 def _fetcher(index: Index, args: argparse.Namespace) -> LayerFetcher:

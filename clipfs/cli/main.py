@@ -18,13 +18,27 @@ from typing import NoReturn
 import clipfs
 from clipfs.errors import ClipfsError, UsageError
 
+_log = logging.getLogger(__name__)
+
 _IMAGE_NAMES = """\
+X is a .clip file, made by `clipfs index`, or the name of an image, which is indexed first if it was not before.
 An image is named as skopeo names it:
   docker://HOST/REPO[:TAG|@DIGEST]   a registry; a bare reference such as debian:12 means this
   oci:DIR[:TAG]                      an OCI image layout
   oci-archive:FILE[:TAG]             the same in a tar file
   docker-archive:FILE[:TAG]          what `docker save` writes
-X may also be a .clip file, made by `clipfs index`.
+"""
+
+_MOUNT_OPTIONS = """\
+options of -o, as mount(8) has them in fstab:
+  cache=SIZE       decoded data kept in memory (default 64M)
+  allow_other      others may look in; the default if root mounts
+  log=FILE         what the serving process has to say
+  source=IMAGE     where the bytes are, if not where the index says
+  authfile=FILE, ca=FILE, insecure   as --authfile, --ca, --insecure
+  suid, dev        honour setuid bits and devices in this mount itself
+  noexec           run no programs from it
+
 """
 
 _EXAMPLES = """\
@@ -37,6 +51,22 @@ examples:
 """
 
 
+# 128 + SIGINT and 128 + SIGPIPE, as shells have it; EX_IOERR of sysexits(3).
+_INTERRUPTED = 130
+_BROKEN_PIPE = 141
+_INPUT_OUTPUT = 74
+
+# What `podman run` says when it failed, when the command cannot be executed, and when there is no such command.
+_NOT_RUN = 125
+_RUN_CODES = (125, 126, 127)
+
+# To the first column, and clear the line.
+_WIPED = "\r\x1b[K"
+
+
+_X = "a .clip file or the name of an image, see below"
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see `{self.prog} --help`")
@@ -45,22 +75,55 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code is the command's own for ``run`` and the error's kind otherwise."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = _parser().parse_args(argv)
-        logging.getLogger().setLevel({0: logging.WARNING, 1: logging.INFO}.get(args.verbose, logging.DEBUG))
-        command = import_module(f"clipfs.cli.{args.module}")
-        code: int = getattr(command, args.call)(args)
-        sys.stdout.flush()
-        return code
+        return _obey(words)
     except ClipfsError as error:
-        print(f"clipfs: {error}", file=sys.stderr)
-        return error.exit_code
+        _say(str(error))
+        return _failure(words, error.exit_code)
     except KeyboardInterrupt:
-        return 130
+        _say("interrupted")
+        return _INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has left; point stdout elsewhere so that the interpreter's last flush is quiet.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
+        _discard_output()
+        return _BROKEN_PIPE
+    except OSError as error:
+        _log.debug("where it came from", exc_info=True)
+        _say(f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror or error}")
+        _discard_output()
+        return _failure(words, _INPUT_OUTPUT)
+
+
+def _obey(words: list[str]) -> int:
+    args = _parser().parse_args(words)
+    logging.getLogger().setLevel({0: logging.WARNING, 1: logging.INFO}.get(args.verbose, logging.DEBUG))
+    command = import_module(f"clipfs.cli.{args.module}")
+    try:
+        code: int = getattr(command, args.call)(args)
+    except BaseExceptionGroup as group:
+        # What failed one task may have failed several; one sentence is enough.
+        first: BaseException = group
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None
+    sys.stdout.flush()
+    return code
+
+
+def _say(sentence: str) -> None:
+    """On stderr, in place of a progress line that may be there."""
+    print(f"{_WIPED if sys.stderr.isatty() else ''}clipfs: {sentence}", file=sys.stderr)
+
+
+def _failure(words: Sequence[str], code: int) -> int:
+    """The exit code for an error of our own: for ``run`` one that is rarely the command's, as podman has it."""
+    running = next((word for word in words if not word.startswith("-")), "") == "run"
+    return _NOT_RUN if running and code not in _RUN_CODES else code
+
+
+def _discard_output() -> None:
+    """Nobody takes our output any more; the interpreter's last flush must not complain about it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,84 +146,88 @@ Commands = argparse._SubParsersAction  # noqa: SLF001  argparse gives the type n
 
 
 def _command(
-    commands: Commands[_Parser], name: str, module: str, summary: str, *, image: bool = True
+    commands: Commands[_Parser], name: str, module: str, summary: str, *, epilog: str = _IMAGE_NAMES
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
-        epilog=_IMAGE_NAMES if image else None,
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(module=module, call=name)
     return parser
 
 
-def _add_source_options(parser: argparse.ArgumentParser) -> None:
+def _add_source_options(parser: argparse.ArgumentParser, *, reads: bool = False) -> None:
     group = parser.add_argument_group("where the image comes from")
     group.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", help="which image of a multi-platform one")
     group.add_argument("--authfile", type=Path, metavar="FILE", help="credentials (default: as docker and skopeo)")
     group.add_argument("--ca", type=Path, metavar="FILE", help="trust these certificate authorities (PEM)")
     group.add_argument("--insecure", action="store_true", help="allow plain HTTP and unverified TLS")
+    if reads:
+        group.add_argument("--source", metavar="IMAGE", help="read the bytes here, not where the index says")
 
 
 def _add_image_commands(commands: Commands[_Parser]) -> None:
     parser = _command(commands, "index", "build", "make the .clip index of an image")
-    parser.add_argument("image", metavar="IMAGE")
+    parser.add_argument("image", metavar="IMAGE", help="its name, see below")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to (default: NAME.clip here)")
     _add_source_options(parser)
 
     parser = _command(commands, "inspect", "look", "say what an image is made of")
-    parser.add_argument("target", metavar="X")
+    parser.add_argument("target", metavar="X", help=_X)
     parser.add_argument("--json", action="store_true", help="for programs")
     _add_source_options(parser)
 
     parser = _command(commands, "ls", "look", "list files of an image; fetches nothing")
-    parser.add_argument("target", metavar="X")
-    parser.add_argument("path", metavar="PATH", nargs="?", default="/")
+    parser.add_argument("target", metavar="X", help=_X)
+    parser.add_argument("path", metavar="PATH", nargs="?", default="/", help="in the image (default: /)")
     parser.add_argument("-l", dest="long", action="store_true", help="with mode, owner, size and time")
     parser.add_argument("-R", dest="recursive", action="store_true", help="with everything below")
     _add_source_options(parser)
 
     parser = _command(commands, "cat", "data", "write a file of an image to standard output")
-    parser.add_argument("target", metavar="X")
-    parser.add_argument("path", metavar="PATH")
-    _add_source_options(parser)
+    parser.add_argument("target", metavar="X", help=_X)
+    parser.add_argument("path", metavar="PATH", help="of a regular file in the image; links are followed")
+    _add_source_options(parser, reads=True)
 
     parser = _command(commands, "check", "data", "verify a .clip, and with --data all bytes it points at")
-    parser.add_argument("target", metavar="X")
+    parser.add_argument("target", metavar="X", help=_X)
     parser.add_argument("--data", action="store_true", help="fetch, decode and verify every span")
-    _add_source_options(parser)
+    _add_source_options(parser, reads=True)
 
     parser = _command(commands, "extract", "data", "unpack a whole image into a directory")
-    parser.add_argument("target", metavar="X")
-    parser.add_argument("directory", metavar="DIR", type=Path)
-    _add_source_options(parser)
+    parser.add_argument("target", metavar="X", help=_X)
+    parser.add_argument("directory", metavar="DIR", type=Path, help="an empty or a new one")
+    _add_source_options(parser, reads=True)
 
 
 def _add_mount_commands(commands: Commands[_Parser]) -> None:
-    parser = _command(commands, "mount", "mounts", "mount an image on a directory")
-    parser.add_argument("target", metavar="X")
-    parser.add_argument("directory", metavar="DIR", type=Path)
-    parser.add_argument(
-        "-o", dest="options", metavar="OPTS", default="", help="as mount(8): ro,allow_other,cache=64M,…"
+    parser = _command(
+        commands, "mount", "mounts", "mount an image on a directory", epilog=_MOUNT_OPTIONS + _IMAGE_NAMES
     )
-    parser.add_argument("-f", dest="foreground", action="store_true", help="stay in the foreground")
-    _add_source_options(parser)
+    parser.add_argument("target", metavar="X", help=_X)
+    parser.add_argument("directory", metavar="DIR", type=Path, help="where; it must exist")
+    parser.add_argument(
+        "-o", dest="options", metavar="OPTS", default="", help="separated by commas; they are listed below"
+    )
+    parser.add_argument("-f", dest="foreground", action="store_true", help="stay, and serve until unmounted")
+    _add_source_options(parser, reads=True)
 
-    parser = _command(commands, "umount", "mounts", "unmount what `clipfs mount` mounted", image=False)
-    parser.add_argument("directory", metavar="DIR", type=Path)
+    parser = _command(commands, "umount", "mounts", "unmount what `clipfs mount` mounted", epilog="")
+    parser.add_argument("directory", metavar="DIR", type=Path, help="where it is mounted")
 
-    parser = _command(commands, "gc", "mounts", "clean up what killed processes left behind", image=False)
+    parser = _command(commands, "gc", "mounts", "clean up what killed processes left behind", epilog="")
     parser.add_argument("--base", type=Path, metavar="DIR", help="where containers live (default: as `clipfs run`)")
 
 
 def _add_run(commands: Commands[_Parser]) -> None:
     parser = _command(commands, "run", "run", "run a command in an image, a .clip or an unpacked directory")
     parser.usage = "clipfs run [OPTIONS] X [COMMAND [ARG ...]]"
-    parser.add_argument("target", metavar="X")
-    parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER)
-    _add_source_options(parser)
+    parser.add_argument("target", metavar="X", help=_X)
+    parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="instead of the image's own")
+    _add_source_options(parser, reads=True)
     group = parser.add_argument_group("the container")
     group.add_argument("--name", help="its name (default: a random one)")
     group.add_argument("--rm", action="store_true", help="remove its files afterwards")
@@ -168,17 +235,19 @@ def _add_run(commands: Commands[_Parser]) -> None:
     group.add_argument("-t", "--tty", action="store_true", help="give it a terminal")
     group.add_argument("-e", "--env", action="append", default=[], metavar="K[=V]", help="set, or pass on, a variable")
     group.add_argument("--env-file", action="append", default=[], type=Path, metavar="FILE", help="one K[=V] a line")
-    group.add_argument("-w", "--workdir", metavar="DIR")
-    group.add_argument("-u", "--user", metavar="USER[:GROUP]")
-    group.add_argument("-v", "--volume", action="append", default=[], metavar="SRC:DST[:ro]")
-    group.add_argument("--tmpfs", action="append", default=[], metavar="DIR")
-    group.add_argument("--hostname")
-    group.add_argument("--network", choices=("host", "none"), default="host")
+    group.add_argument("-w", "--workdir", metavar="DIR", help="start here")
+    group.add_argument("-u", "--user", metavar="USER[:GROUP]", help="names or numbers")
+    group.add_argument(
+        "-v", "--volume", action="append", default=[], metavar="SRC:DST[:ro]", help="bind SRC of the host"
+    )
+    group.add_argument("--tmpfs", action="append", default=[], metavar="DIR", help="memory, empty at first")
+    group.add_argument("--hostname", help="default: the host's, or its id without a network")
+    group.add_argument("--network", choices=("host", "none"), default="host", help="default: host")
     group.add_argument("--memory", metavar="SIZE", help="limit, e.g. 512M")
     group.add_argument("--cpus", type=float, metavar="N", help="limit, e.g. 1.5")
     group.add_argument("--read-only", action="store_true", help="no writes outside volumes and tmpfs")
     group.add_argument("--entrypoint", metavar="COMMAND", help="instead of the image's; '' for none")
-    group.add_argument("--runtime", default="runc", metavar="runc|crun|PATH")
+    group.add_argument("--runtime", default="runc", metavar="runc|crun|PATH", help="default: runc")
     group.add_argument("--dir", dest="required", action="append", default=[], metavar="DIR", help="make it exist")
     group.add_argument("--upper", type=Path, metavar="DIR", help="keep what the container writes here")
     group.add_argument("--base", type=Path, metavar="DIR", help="where containers live while they run")

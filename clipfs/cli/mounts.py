@@ -33,6 +33,7 @@ def mount_options(args: argparse.Namespace, text: str) -> MountOptions:
     options = parsed.options
     return replace(
         options,
+        source=options.source or args.source,
         authfile=options.authfile or (args.authfile and args.authfile.absolute()),
         ca=options.ca or (args.ca and args.ca.absolute()),
         insecure=options.insecure or args.insecure,

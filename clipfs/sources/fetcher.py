@@ -12,6 +12,7 @@ from typing import Self
 
 import trio
 
+from clipfs.errors import SourceError, UsageError
 from clipfs.oci import Manifest
 from clipfs.sources import open_source
 from clipfs.sources.base import Source
@@ -45,9 +46,14 @@ class LayerFetcher:
         async with self._opening:
             if self._source is None:
                 options = self._options
-                self._source = open_source(
-                    self._name, insecure=options.insecure, authfile=options.authfile, ca=options.ca
-                )
+                try:
+                    self._source = open_source(
+                        self._name, insecure=options.insecure, authfile=options.authfile, ca=options.ca
+                    )
+                except UsageError as error:
+                    raise SourceError(
+                        f"{error}; if the image has moved, name it with --source or -o source="
+                    ) from error
             return self._source
 
     async def __aenter__(self) -> Self:
