@@ -42,6 +42,9 @@ class Progress(Protocol):
     def advance(self, count: int) -> None:
         """So many bytes of the step are done."""
 
+    def end(self) -> None:
+        """The step is done, whatever it counted up to."""
+
 
 class Silent:
     """A `Progress` that shows nothing."""
@@ -50,6 +53,9 @@ class Silent:
         pass
 
     def advance(self, count: int) -> None:
+        pass
+
+    def end(self) -> None:
         pass
 
 
@@ -130,9 +136,11 @@ async def build_image(source: Source, image: Image, out: Path, progress: Progres
         )
     tree, layers = Tree(), []
     for number, (blob, diff_id) in enumerate(zip(manifest.layers, config.diff_ids, strict=True)):
-        progress.begin(f"layer {number + 1}/{len(manifest.layers)}", blob.size)
-        async with _blob_at_hand(source, blob) as local:
+        name = f"layer {number + 1}/{len(manifest.layers)}"
+        async with _blob_at_hand(source, blob, name, progress) as local:
+            progress.begin(f"indexing {name}", blob.size)
             layers.append(await trio.to_thread.run_sync(_index_layer, number, local, blob, diff_id, tree, progress))
+        progress.end()
 
     def finish() -> tuple[int, int]:
         extents, data_size = tree.finish()
@@ -166,7 +174,7 @@ async def build_image(source: Source, image: Image, out: Path, progress: Progres
 
 
 @asynccontextmanager
-async def _blob_at_hand(source: Source, blob: Descriptor) -> AsyncIterator[LocalBlob]:
+async def _blob_at_hand(source: Source, blob: Descriptor, name: str, progress: Progress) -> AsyncIterator[LocalBlob]:
     """The layer as bytes on a disk: where it lies, or a spool file that is gone afterwards.
 
     A gzip decoder has to see the whole stream once, so a remote layer passes through here once, and never again.
@@ -175,10 +183,12 @@ async def _blob_at_hand(source: Source, blob: Descriptor) -> AsyncIterator[Local
     if local is not None:
         yield local
         return
+    progress.begin(f"fetching {name}", blob.size)
     with tempfile.NamedTemporaryFile(prefix="clipfs-layer-", dir=state.scratch_dir()) as spool:
         received = 0
         async for chunk in source.stream(blob):
             received += len(chunk)
+            progress.advance(len(chunk))
             if received > blob.size:
                 raise SourceError(f"{source.name} sent more than the {blob.size} bytes of layer {blob.digest}")
             await trio.to_thread.run_sync(spool.write, chunk)

@@ -31,8 +31,8 @@ ORDER = (
     "clipfs.ledger",
     "clipfs.spans",
     "clipfs.pax",
-    "clipfs.sparse",
     "clipfs.members",
+    "clipfs.sparse",
     "clipfs.layer",
     "clipfs.tree",
     "clipfs.check",
@@ -66,7 +66,7 @@ ORDER = (
 FIRST_WITH_TRIO = ORDER.index("clipfs.blocks.plan")
 
 # Where the public names come together and where the command line begins: these may look at anything below them.
-FACADES = ("clipfs", "clipfs.blocks")
+FACADES = ("clipfs", "clipfs.__main__", "clipfs.blocks")
 
 
 def modules(package: str) -> dict[str, Path]:

@@ -86,6 +86,7 @@ async def _check_data(index: Index, args: argparse.Namespace) -> int:
             for number, layer in enumerate(index.layers):
                 for at in range(len(layer.spans)):
                     await jobs.send((number, at))
+    shown.end()
     return verified
 
 

@@ -19,7 +19,8 @@ def mount(args: argparse.Namespace) -> int:
     options = mount_options(args, args.options)
     clip = clip_of(args)
     if args.foreground:
-        mounter.serve(clip, args.directory, options)
+        place = args.directory.absolute()
+        mounter.serve(clip, place, options, lambda: print(f"{clip} is mounted on {place}", file=sys.stderr, flush=True))
     else:
         mounter.mount(clip, args.directory, options)
     return 0

@@ -23,6 +23,8 @@ def clip_of(args: argparse.Namespace) -> Path:
         return path.absolute()
     if target.endswith(".clip"):
         raise UsageError(f"there is no file {target}; make it with `clipfs index IMAGE -o {target}`")
+    if path.exists():
+        raise UsageError(f"{target} is no regular file, and no image's name; a layout is named oci:{target}")
     return index_for(
         target,
         platform=platform_of(args),

@@ -38,12 +38,14 @@ class _Line:
         with self._lock:
             self._done += count
             now = time.monotonic()
-            if self._done >= self._total:
-                self._stream.write("\r\x1b[K")
-                self._stream.flush()
-            elif now - self._drawn >= _INTERVAL:
+            if now - self._drawn >= _INTERVAL:
                 self._drawn = now
                 self._draw()
+
+    def end(self) -> None:
+        with self._lock:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
 
     def _draw(self) -> None:
         share = self._done / self._total if self._total else 0.0

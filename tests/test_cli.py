@@ -1,0 +1,272 @@
+"""The command line as a stranger meets it: what each command prints, how it fails, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import clipfs
+from clipfs.cli.main import main
+from tests.conftest import require_root
+from tests.mounts import BIG, SECONDS, ended
+
+pytest_plugins = ["tests.mount_fixtures"]
+
+# Where `ls -l` has its names: after mode, links, owner, group, size, date and time.
+LS_NAME = 7
+
+COMMANDS = ("cat", "check", "extract", "gc", "index", "inspect", "ls", "mount", "run", "umount")
+
+
+def clipfs_command(*words: str | Path) -> list[str]:
+    return [sys.executable, "-m", "clipfs", *map(str, words)]
+
+
+class TestHelp:
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_every_command_teaches(self, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--help"])
+        assert ended.value.code == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"usage: clipfs {command}")
+        _, _, arguments = text.split("\noptions:")[0].partition("\npositional arguments:\n")
+        assert [line for line in arguments.splitlines() if len(line.split()) < 3] == [], "an argument without a word"
+
+    def test_the_first_page_names_all(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        text = capsys.readouterr().out
+        assert [command for command in COMMANDS if f"\n    {command} " not in text] == []
+
+    @pytest.mark.parametrize("words", [["--bogus"], [], ["nonesuch"], ["ls"], ["index", "a", "b"], ["run", "--bogus"]])
+    def test_a_wrong_call_is_one_sentence(self, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(words) == (125 if words[:1] == ["run"] else 2)
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert said.startswith("clipfs: ")
+        assert "--help" in said
+
+
+class TestIndex:
+    def test_what_it_says(self, image: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        out = tmp_path / "x.clip"
+        assert main(["index", image, "-o", str(out)]) == 0
+        said = capsys.readouterr()
+        assert said.err == ""
+        assert said.out.startswith(f"{out}: 9 inodes, 1 layers of ")
+        with clipfs.Index.open(out) as index:
+            assert index.inodes == 9
+
+    def test_the_default_name(self, image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert main(["index", image]) == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["oci-latest.clip"]
+
+    @pytest.mark.parametrize(
+        ("name", "out", "code", "words"),
+        [
+            ("oci:/nonesuch", "x.clip", 2, "/nonesuch is no OCI layout"),
+            ("oci-archive:/nonesuch.tar", "x.clip", 2, "/nonesuch.tar"),
+            ("docker://no such name", "x.clip", 2, "'no such name' is no image name"),
+            ("IMAGE", "/nonesuch/x.clip", 1, "cannot write /nonesuch/x.clip: No such file or directory"),
+            ("IMAGE", "/dev/full", 2, "/dev/full"),
+            ("IMAGE", ".", 2, "no regular file"),
+        ],
+    )
+    def test_failures(
+        self,
+        name: str,
+        out: str,
+        code: int,
+        words: str,
+        image: str,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert main(["index", image if name == "IMAGE" else name, "-o", out]) == code
+        said = capsys.readouterr().err
+        assert said.startswith("clipfs: ")
+        assert words in said.splitlines()[0]
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestLook:
+    def test_inspect(self, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["inspect", str(clip)]) == 0
+        lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+        assert lines["command"] == "/bin/id"
+        assert lines["inodes"].startswith("9, ")
+        assert lines["layer"].startswith("sha256:")
+
+    def test_inspect_for_programs(self, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["inspect", "--json", str(clip)]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["inodes"] == 9
+        assert facts["clip_size"] == clip.stat().st_size
+        assert facts["config"]["cmd"] == ["/bin/id"]
+        assert [layer["codec"] for layer in facts["layers"]] == ["gzip"]
+
+    def test_ls(self, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["ls", str(clip)]) == 0
+        assert capsys.readouterr().out.split() == ["big", "bin", "hello", "secret", "usr", "zero"]
+        assert main(["ls", str(clip), "bin"]) == 0
+        assert capsys.readouterr().out.split() == ["id"]
+
+    def test_ls_in_full(self, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["ls", "-lR", str(clip)]) == 0
+        lines = {line.split()[LS_NAME]: line for line in capsys.readouterr().out.splitlines()}
+        assert list(lines) == [".", "big", "bin", "hello", "secret", "usr", "usr/bin", "usr/bin/id", "zero"]
+        assert lines["bin"].startswith("lrwxrwxrwx")
+        assert lines["bin"].endswith("bin -> usr/bin")
+        assert lines["usr/bin/id"].startswith("-rwsr-xr-x")
+        assert lines["zero"].split()[4] == "1,5"
+        assert "2023-11-14 22:13:20" in lines["hello"]
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["ls", "CLIP", "/nonesuch"], "/nonesuch"),
+            (["ls", "CLIP", "/hello/x"], "Not a directory"),
+            (["cat", "CLIP", "/usr"], "/usr is not a regular file"),
+            (["cat", "CLIP", "/nonesuch"], "No such file"),
+            (["ls", "nonesuch.clip"], "clipfs index IMAGE -o nonesuch.clip"),
+            (["inspect", __file__], "is not a .clip file"),
+            (["check", os.devnull], os.devnull),
+        ],
+    )
+    def test_failures(self, words: list[str], said: str, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([str(clip) if word == "CLIP" else word for word in words]) in (2, 65)
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+
+
+class TestData:
+    def test_cat(self, clip: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+        assert main(["cat", str(clip), "/big"]) == 0
+        assert capfdbinary.readouterr().out == BIG
+
+    def test_cat_follows_links_inside_the_image(self, clip: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+        assert main(["cat", str(clip), "bin/id"]) == 0
+        assert capfdbinary.readouterr().out == Path("/usr/bin/id").read_bytes()
+
+    def test_cat_to_a_reader_that_leaves(self, clip: Path) -> None:
+        with subprocess.Popen(
+            clipfs_command("cat", clip, "big"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.close()
+            assert process.wait(SECONDS) == 141
+            assert process.stderr is not None
+            assert process.stderr.read() == b""
+
+    def test_cat_to_a_full_disk(self, clip: Path) -> None:
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                clipfs_command("cat", clip, "big"), stdout=full, stderr=subprocess.PIPE, check=False, timeout=SECONDS
+            )
+        assert (done.returncode, done.stderr) == (74, b"clipfs: No space left on device\n")
+
+    def test_check(self, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["check", "--data", str(clip)]) == 0
+        assert capsys.readouterr().out.startswith(f"{clip}: good; 9 inodes, ")
+
+    def test_damage_is_found_and_named(
+        self, image: str, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        layout = tmp_path / "damaged"
+        subprocess.run(["cp", "-a", image.split(":")[1], layout], check=True)
+        blob = max((layout / "blobs" / "sha256").iterdir(), key=lambda path: path.stat().st_size)
+        data = bytearray(blob.read_bytes())
+        data[len(data) // 2] ^= 0x40
+        blob.write_bytes(data)
+        assert main(["check", "--data", "--source", f"oci:{layout}", str(clip)]) == 65
+        said = capsys.readouterr().err
+        assert f"layer sha256:{blob.name}" in said
+        assert said.count("\n") == 1
+
+    def test_a_source_that_has_gone(self, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["cat", "--source", "oci:/nonesuch", str(clip), "/big"]) == 69
+        assert "--source" in capsys.readouterr().err
+
+    def test_extract(self, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        require_root()
+        target = tmp_path / "tree"
+        assert main(["extract", str(clip), str(target)]) == 0
+        assert capsys.readouterr().out.startswith(f"{target}: 9 inodes, ")
+        assert (target / "big").read_bytes() == BIG
+        assert main(["extract", str(clip), str(target)]) == 2
+        assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("runtime")
+class TestMount:
+    def test_mount_and_umount(self, clip: Path, mountpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        require_root()
+        assert main(["mount", str(clip), str(mountpoint)]) == 0
+        assert (mountpoint / "hello").read_bytes() == b"hello\n"
+        assert main(["umount", str(mountpoint)]) == 0
+        assert list(mountpoint.iterdir()) == []
+        assert capsys.readouterr() == ("", "")
+        assert main(["umount", str(mountpoint)]) == 32
+        assert capsys.readouterr().err == f"clipfs: there is no clipfs mount on {mountpoint}\n"
+
+    def test_an_image_by_name(self, image: str, mountpoint: Path) -> None:
+        require_root()
+        assert main(["mount", image, str(mountpoint), "-o", "cache=1M"]) == 0
+        try:
+            assert (mountpoint / "big").read_bytes() == BIG
+        finally:
+            assert main(["umount", str(mountpoint)]) == 0
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_in_the_foreground(self, clip: Path, mountpoint: Path, number: int) -> None:
+        require_root()
+        with subprocess.Popen(clipfs_command("mount", "-f", clip, mountpoint), stderr=subprocess.PIPE) as process:
+            try:
+                assert process.stderr is not None
+                assert b"mounted" in process.stderr.readline()
+                assert (mountpoint / "hello").read_bytes() == b"hello\n"
+                process.send_signal(number)
+                assert ended(process.pid)
+                assert not mountpoint.is_mount()
+            finally:
+                process.kill()
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [("rw", "read-only"), ("nonsense", "unknown mount option 'nonsense'"), ("cache=many", "512M")],
+    )
+    def test_wrong_options(
+        self, options: str, words: str, clip: Path, mountpoint: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["mount", str(clip), str(mountpoint), "-o", options]) == 2
+        assert words in capsys.readouterr().err
+
+    def test_gc_says_what_it_removed(self, clip: Path, mountpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        require_root()
+        mounted = clipfs.mount(clip, mountpoint)
+        os.kill(mounted.pid, signal.SIGKILL)
+        assert ended(mounted.pid)
+        assert main(["gc"]) == 0
+        assert f"removed mount {mountpoint}" in capsys.readouterr().err
+        assert not os.path.ismount(mountpoint)
+
+
+def test_progress_is_drawn_on_a_terminal_and_wiped(image: str, tmp_path: Path) -> None:
+    out = tmp_path / "x.clip"
+    main_end, terminal = os.openpty()
+    with os.fdopen(main_end, "rb", buffering=0) as seen, os.fdopen(terminal, "wb") as stream:
+        subprocess.run(clipfs_command("index", image, "-o", out), stderr=stream, check=True, timeout=SECONDS)
+        drawn = seen.read(1 << 16)
+    assert b"indexing layer 1/1" in drawn
+    assert drawn.endswith(b"\r\x1b[K")
