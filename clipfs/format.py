@@ -77,7 +77,7 @@ class Span:
 
     start, end: what to fetch, in the compressed layer.  position, length: what it decodes to, in the uncompressed one.
     digest: SHA-256 of the decoded bytes.  bit (gzip): how many low bits of the first byte belong to the deflate block
-    before, 0 to 7.  skip (zstd): decoded bytes to throw away first, where a span begins inside a frame.
+    before, 0 to 7.  skip: decoded bytes to throw away first, where decoding cannot begin at the span itself.
     window (gzip): the up to 32 KiB of decoded bytes before the span, zeroed where nothing refers to them.
     """
 

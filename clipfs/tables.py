@@ -70,7 +70,7 @@ class SpanTable(Sequence[Span]):
             start <= end <= self._size
             and 0 < length <= self._diff_size - position
             and (bit < 8 if self._codec is Codec.GZIP else not bit and not window_length)
-            and (not skip or self._codec is Codec.ZSTD)
+            and (not skip or (self._codec is not Codec.RAW and skip <= position))
         ):
             raise FormatError(f"{self._name} is damaged: span {number} of a layer is outside of it")
         window = self._window(window_at, window_length) if window_length else b""
