@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Iterable
 from typing import cast
 
-import zstandard
 from isal import isal_zlib
 
 from clipfs.deflate import FOOTER, HeaderError, header_end, primed
 from clipfs.errors import ImageError, IntegrityError
 from clipfs.format import Codec, Span
+from clipfs.zstd import ZstdStream, ZstdStreamError
 
 # What `detect` wants to see: one tar header.
 HEAD = 512
 
 # The largest span that is read, so that a hostile index cannot ask for memory at will. Scanning makes at most half.
 MAX_SPAN = 64 << 20
-
-# zstd itself decodes no larger window unless told to (ZSTD_WINDOWLOG_LIMIT_DEFAULT is 27); every reader at work on a
-# frame holds one.
-ZSTD_WINDOW_LIMIT = 1 << 27
 
 # Compressed bytes given to the decoder at a time: what lies behind the end of a gzip member is copied, so this bounds
 # what a span of many tiny members costs.
@@ -93,11 +90,39 @@ def decode(codec: Codec, span: Span, data: bytes | memoryview) -> bytes:
         plain = _DECODERS[codec](span, data)
     except (_BrokenError, HeaderError) as error:
         raise IntegrityError(f"{where} do not decode: {error}") from error
+    return _verified(plain, span)
+
+
+def _verified(plain: bytes, span: Span) -> bytes:
+    """The one gate that decoded bytes pass: they are what the index demands, or IntegrityError."""
+    where = f"bytes {span.start} to {span.end} of the layer"
     if len(plain) != span.length:
         raise IntegrityError(f"{where} decode to {len(plain)} bytes, not to the {span.length} that the index demands")
     if hashlib.sha256(plain).digest() != span.digest:
         raise IntegrityError(f"{where} do not decode to the bytes that the index demands: SHA-256 differs")
     return plain
+
+
+class Forward:
+    """Decodes the spans of one zstd frame in order, each once: the first at the frame's beginning, each next one from
+    where the one before it ended. For frames too long to begin anew for every span."""
+
+    def __init__(self) -> None:
+        self._stream = ZstdStream()
+
+    def decode(self, span: Span, data: bytes | memoryview) -> bytes:
+        """The decoded bytes of the next span, given the layer's bytes from the end of the last one to span.end.
+
+        Raises IntegrityError if they are not what the index demands; then this object is of no more use.
+        """
+        if span.length > MAX_SPAN:
+            raise IntegrityError(f"the index says that a span decodes to {span.length} bytes, more than any may")
+        try:
+            plain = _taken(self._stream.decode(data), 0, span.length)
+        except (_BrokenError, ZstdStreamError) as error:
+            where = f"bytes {span.start} to {span.end} of the layer"
+            raise IntegrityError(f"{where} do not decode: {error}") from error
+        return _verified(plain, span)
 
 
 def _copy(span: Span, data: bytes | memoryview) -> bytes:
@@ -131,22 +156,24 @@ def _gunzip(span: Span, data: bytes | memoryview) -> bytes:
 
 def _unzstd(span: Span, data: bytes | memoryview) -> bytes:
     """A span begins at a frame, and holds one or more of them or the beginning of one."""
-    decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_LIMIT)
-    pieces, skip, wanted = [], span.skip, span.length
-    with decompressor.stream_reader(data, read_across_frames=True) as reader:
-        while wanted:
-            try:
-                piece = reader.read(min(skip or wanted, _DISCARD))
-            except zstandard.ZstdError as error:
-                raise _BrokenError(str(error)) from error
-            if not piece:
-                raise _BrokenError("they end too early")
-            if skip:
-                skip -= len(piece)
-            else:
-                pieces.append(piece)
-                wanted -= len(piece)
-    return b"".join(pieces)
+    try:
+        return _taken(ZstdStream().decode(data), span.skip, span.length)
+    except ZstdStreamError as error:
+        raise _BrokenError(str(error)) from error
+
+
+def _taken(pieces: Iterable[bytes], skip: int, wanted: int) -> bytes:
+    """`wanted` bytes of these, after `skip` others."""
+    taken = []
+    for piece in pieces:
+        kept = piece[skip : skip + wanted]
+        skip -= min(skip, len(piece))
+        if kept:
+            taken.append(kept)
+            wanted -= len(kept)
+        if not wanted:
+            return b"".join(taken)
+    raise _BrokenError("they end too early")
 
 
 _DECODERS = {Codec.RAW: _copy, Codec.GZIP: _gunzip, Codec.ZSTD: _unzstd}

@@ -43,6 +43,10 @@ class Fields:
             raise ImageError(f"{self.where}: {key} should be a list of strings")
         return tuple(_text(each, f"{self.where}: {key}") for each in values)
 
+    def names(self, key: str) -> tuple[str, ...]:
+        """The keys of an object."""
+        return tuple(_text(each, f"{self.where}: {key}") for each in self.child(key).value)
+
     def mapping(self, key: str) -> dict[str, str]:
         """An object of strings."""
         where = f"{self.where}: {key}"

@@ -130,12 +130,8 @@ class TarWalk:
             at = len(chunk)  # whatever follows the end is nobody's
         self._held += chunk[at:]
         self._position += at
-        self._metadata += BLOCK * len(entries)
-        if self._metadata > MAX_METADATA:
-            raise ImageError(
-                f"names and attributes of the layer's members take more than {MAX_METADATA >> 30} GiB",
-                offset=self._position,
-            )
+        if entries:
+            self._keep(BLOCK * len(entries), entries[-1])
         return entries
 
     def finish(self) -> list[Entry]:
@@ -145,6 +141,16 @@ class TarWalk:
         if self._held:
             raise ImageError("the layer ends in the middle of a header", offset=self._position)
         return []
+
+    def _keep(self, size: int, last: Entry) -> None:
+        """Count what stays in memory; the last of it is for errors."""
+        self._metadata += size
+        if self._metadata > MAX_METADATA:
+            raise ImageError(
+                f"names and attributes of the layer's members take more than {MAX_METADATA >> 20} MiB",
+                member=last.path,
+                offset=last.offset,
+            )
 
     def _pending(self) -> bool:
         """Whether a header said something about the next member."""
@@ -291,7 +297,7 @@ class TarWalk:
         self._skip = stored + self._padding
         objects = len(member.xattrs) + len(parts)
         values = sum(map(len, member.xattrs.values()))
-        self._metadata += len(member.path) + len(member.link) + values + _OBJECT * objects
+        self._keep(len(member.path) + len(member.link) + values + _OBJECT * objects, member)
         return entry_of(member)
 
 

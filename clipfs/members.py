@@ -64,6 +64,7 @@ _AUFS = b".wh..wh."
 # Members without xattrs, nearly all, share this; it is never written to.
 NO_XATTRS: dict[bytes, bytes] = {}
 
+_TOO_LONG = f"its name is longer than Linux allows, {MAX_NAME} bytes a part and {MAX_PATH} in all"
 
 # (offset in the file, offset in the uncompressed layer, length)
 Segment = tuple[int, int, int]
@@ -143,8 +144,8 @@ class Header:
     def check(self) -> None:
         """Refuse what is no header. Some old archivers summed up signed bytes."""
         rest = self.block[:148] + b" " * 8 + self.block[156:]
-        unsigned = sum(rest)
-        if numeric(self._checksum) not in (unsigned, unsigned - 256 * sum(byte > 127 for byte in rest)):
+        stated, unsigned = numeric(self._checksum), sum(rest)
+        if stated != unsigned and stated != unsigned - 256 * sum(byte > 127 for byte in rest):
             raise ImageError("this is no tar header, or a damaged one: its checksum is wrong")
 
     def member(self, name: bytes, said: Mapping[bytes, bytes], offset: int) -> Member:
@@ -205,6 +206,8 @@ def entry_of(member: Member) -> Entry | None:
 def _cleaned(name: bytes) -> bytes:
     """A name from an archive as a path below the root."""
     parts: list[bytes] = []
+    if len(name) > 2 * MAX_PATH:  # no archiver's dots and slashes make up half of a name
+        raise ImageError(_TOO_LONG)
     for part in name.split(b"/"):
         if part == b"..":
             if not parts:
@@ -216,7 +219,7 @@ def _cleaned(name: bytes) -> bytes:
     if b"\0" in path:
         raise ImageError("there is a NUL in its name, or in that of the file it links to")
     if len(path) > MAX_PATH or any(len(part) > MAX_NAME for part in parts):
-        raise ImageError(f"its name is longer than Linux allows, {MAX_NAME} bytes a part and {MAX_PATH} in all")
+        raise ImageError(_TOO_LONG)
     return path
 
 

@@ -161,7 +161,7 @@ class ImageConfig:
             working_dir=run.text("WorkingDir", ""),
             user=run.text("User", ""),
             stop_signal=run.text("StopSignal", ""),
-            volumes=tuple(run.child("Volumes").value),
+            volumes=run.names("Volumes"),
             labels=run.mapping("Labels"),
         )
 

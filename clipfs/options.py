@@ -30,12 +30,19 @@ class MountOptions:
     """How to mount. `source`, `authfile`, `ca` and `insecure` say where the bytes come from and how to get in.
 
     allow_other: may other users look in? None means yes for root, whose mounts are meant for others, and no otherwise.
-    cache: bytes of decoded data kept in memory. log: a file for what the serving process has to say.
+    cache: bytes of decoded data kept in memory. cache_dir: where it is kept on disk, None for this user's usual place;
+    cache_size: how many bytes of it, None for a tenth of that disk, 0 for none; cache_compression: by zstd.
+    prefetch: what to fetch before it is asked for: ``trace`` (what earlier mounts of the image needed), ``all``,
+    ``none``, or a file with a trace. log: a file for what the serving process has to say.
     suid, dev: honour setuid bits and device nodes in this mount itself; an overlay on top of it goes by its own flags.
     """
 
     allow_other: bool | None = None
     cache: int = 64 << 20
+    cache_dir: Path | None = None
+    cache_size: int | None = None
+    cache_compression: bool = True
+    prefetch: str = "trace"
     log: Path | None = None
     suid: bool = False
     dev: bool = False
@@ -60,6 +67,10 @@ _FLAGS: dict[str, tuple[str, bool]] = {
 }
 _VALUES: dict[str, Callable[[str], object]] = {
     "cache": lambda text: byte_count(text, "cache="),
+    "cache-dir": lambda text: Path(text).absolute(),
+    "cache-size": lambda text: byte_count(text, "cache-size="),
+    "cache-compression": lambda text: compression(text),
+    "prefetch": lambda text: prefetch(text),
     "log": lambda text: Path(text).absolute(),
     "source": str,
     "authfile": lambda text: Path(text).absolute(),
@@ -90,13 +101,30 @@ def parse(text: str, *, sloppy: bool = False) -> Parsed:
         elif name in _VALUES and equals:
             if not value:
                 raise UsageError(f"option {name}= wants a value")
-            fields[name] = _VALUES[name](value)
+            fields[name.replace("-", "_")] = _VALUES[name](value)
         elif word in ("ro", "rw"):
             writable = word == "rw"
         elif not (word in _IGNORED or name in _IGNORED_KEYS or name.lower().startswith("x-") or sloppy):
             known = ", ".join(sorted([*_FLAGS, *(f"{key}=" for key in _VALUES), "ro", "remount"]))
             raise UsageError(f"unknown mount option '{word}'; there are {known}, and those of mount(8) itself")
     return Parsed(MountOptions(**fields), remount, writable)  # type: ignore[arg-type]
+
+
+def compression(text: str) -> bool:
+    """``zstd`` or ``none``: is the disk cache compressed?"""
+    if text not in ("zstd", "none"):
+        raise UsageError(f"cache-compression is zstd or none, not '{text}'")
+    return text == "zstd"
+
+
+def prefetch(text: str) -> str:
+    """``trace``, ``all``, ``none``, or the path of a trace, made absolute."""
+    if text in ("trace", "all", "none"):
+        return text
+    path = Path(text).absolute()
+    if not path.is_file():
+        raise UsageError(f"prefetch is trace, all, none or the file of a trace, and there is no file {path}")
+    return str(path)
 
 
 def byte_count(text: str, what: str) -> int:

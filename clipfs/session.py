@@ -7,6 +7,7 @@ mount itself, signals, the record, and that all of it is gone at the end. How a 
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -17,15 +18,23 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from clipfs import mountinfo
+from clipfs import mountinfo, state
+from clipfs.blocks import trace
 from clipfs.blocks.counters import Counters
-from clipfs.blocks.reader import BlockReader
-from clipfs.errors import MountError
+from clipfs.blocks.disk import DiskCache
+from clipfs.blocks.journal import Journal
+from clipfs.blocks.reader import BlockReader, Tiers
+from clipfs.errors import ClipfsError, MountError
 from clipfs.fs import ClipFS
 from clipfs.index import Index
 from clipfs.options import MountOptions
 from clipfs.sources.fetcher import LayerFetcher, SourceOptions
 from clipfs.state import MountRecord, Process
+
+log = logging.getLogger(__name__)
+
+# Spans on their way at the same time that nobody has asked for: enough to fill a range or two.
+_AHEAD_AT_ONCE = 8
 
 # Requests handled at the same time. Each that waits for the network holds one, and lookups must still get through.
 _TASKS = 1000
@@ -53,7 +62,14 @@ async def _serve(
 ) -> None:
     access = SourceOptions(name=record.source, insecure=options.insecure, authfile=options.authfile, ca=options.ca)
     fetcher = LayerFetcher(index.source, index.manifest, access)
-    reader = BlockReader(index, fetcher, memory=options.cache, counters=Counters.create(record.counters))
+    reader = BlockReader(
+        index,
+        fetcher,
+        counters=Counters.create(record.counters),
+        tiers=Tiers(options.cache, _disk_cache(options)),
+        journal=Journal(record.journal),
+    )
+    planned = _planned(index, options)
     # A terminal that goes away is no reason to take a file system from under its users.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -65,6 +81,7 @@ async def _serve(
             on_ready(record)
             async with fetcher, reader, trio.open_nursery() as nursery:
                 nursery.start_soon(_cancel_on_signal, signals, nursery.cancel_scope)
+                nursery.start_soon(reader.prefetch, planned, options.prefetch, _AHEAD_AT_ONCE)
                 await pyfuse3.main(max_tasks=_TASKS)
                 # It returns when the kernel has ended the session. From here on the mountpoint may be somebody else's.
                 unmounted = True
@@ -72,8 +89,50 @@ async def _serve(
         finally:
             # Closing aborts the connection, so that unmounting cannot wait for answers that we no longer give.
             pyfuse3.close(unmount=False)
+            _save_trace(index, reader)
             if not unmounted:
                 mountinfo.detach_dead(record.mountpoint, record.device)
+
+
+def _disk_cache(options: MountOptions) -> DiskCache | None:
+    """The cache on disk; none, and a warning, for a user who has no place for it."""
+    try:
+        directory = options.cache_dir or state.cache_dir() / "spans"
+    except ClipfsError as error:
+        log.warning("there is no cache on disk: %s", error)
+        return None
+    return DiskCache(directory, options.cache_size, compress=options.cache_compression)
+
+
+def _planned(index: Index, options: MountOptions) -> list[trace.Place]:
+    """The spans to fetch before anybody asks for them."""
+    if options.prefetch == "none":
+        return []
+    if options.prefetch == "all":
+        return trace.everything(index.layers)
+    if options.prefetch != "trace":
+        return trace.load(Path(options.prefetch), index.layers)
+    try:
+        path = _trace_path(index)
+        return trace.load(path, index.layers) if path.exists() else []
+    except ClipfsError as error:
+        log.warning("there is no trace to go by: %s", error)
+        return []
+
+
+def _save_trace(index: Index, reader: BlockReader) -> None:
+    """Keep what this run needed for the next one, after what earlier runs did."""
+    try:
+        path = _trace_path(index)
+        known = trace.load(path, index.layers) if path.exists() else []
+        if reader.wanted.keys() - set(known):
+            trace.save(path, dict.fromkeys([*known, *reader.wanted]))
+    except (ClipfsError, OSError) as error:
+        log.warning("cannot keep the trace of this run: %s", error)
+
+
+def _trace_path(index: Index) -> Path:
+    return state.cache_dir() / "traces" / f"{index.manifest.digest.hex}.trace"
 
 
 async def _cancel_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:

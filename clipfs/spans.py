@@ -22,11 +22,12 @@ from typing import Self
 import zstandard
 from isal import isal_zlib
 
-from clipfs.codec import MAX_SPAN, ZSTD_WINDOW_LIMIT
+from clipfs.codec import MAX_SPAN
 from clipfs.deflate import FOOTER, HEADER_LIMIT, HeaderError, Inflater, Stop, header_end
 from clipfs.errors import ImageError, SourceError
 from clipfs.format import Codec, Span
 from clipfs.ledger import Ledger, Region, Seek
+from clipfs.zstd import WINDOW_LIMIT
 
 # Fetching less costs nearly the same round trip, and more wastes most of it on a small read. It is also what keeps
 # windows (10 KB each before zeros are dropped) far below 0.3 % of a layer.
@@ -194,17 +195,17 @@ def _frame_content(head: bytes, start: int) -> int | None:
         raise ImageError(f"no zstd frame begins at compressed byte {start}") from None
     if frame.dict_id:
         raise ImageError(f"the zstd frame at compressed byte {start} needs dictionary {frame.dict_id}: OCI has none")
-    if frame.window_size > ZSTD_WINDOW_LIMIT:
+    if frame.window_size > WINDOW_LIMIT:
         raise ImageError(
             f"the zstd frame at compressed byte {start} needs a window of {frame.window_size >> 20} MiB, and "
-            f"clipfs reads up to {ZSTD_WINDOW_LIMIT >> 20} MiB, as zstd itself does: compress the layer without --long"
+            f"clipfs reads up to {WINDOW_LIMIT >> 20} MiB, as zstd itself does: compress the layer without --long"
         )
     return None if frame.content_size == zstandard.CONTENTSIZE_UNKNOWN else frame.content_size
 
 
 def _zstd_frame(region: Region, ledger: Ledger, longest: int) -> Generator[bytes, None, None]:
     start, decoded = region.position, 0
-    decoder = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_LIMIT).decompressobj()
+    decoder = zstandard.ZstdDecompressor(max_window_size=WINDOW_LIMIT).decompressobj()
     for blocks in _frame_blocks(region):
         try:
             chunk = decoder.decompress(blocks)

@@ -111,6 +111,11 @@ class MountRecord:
         """The file that the serving process counts in, for others to read."""
         return _mounts_dir() / f"{self.process}.counters"
 
+    @property
+    def journal(self) -> Path:
+        """The file in which the serving process writes what it fetches."""
+        return _mounts_dir() / f"{self.process}.journal"
+
     def save(self) -> None:
         """Write the record, or replace it; readers see the one or the other, never half of it."""
         directory = _mounts_dir()

@@ -27,6 +27,7 @@ _EXTENT_SIZE = 24
 # SPAN is this many 64-bit numbers long, and the number at this place in it is `position`.
 _SPAN_WORDS, _POSITION_WORD = SPAN.size // 8, 2
 _LENGTH_FIELD = 5
+_DIGEST_SIZE = 32
 
 
 class SpanTable(Sequence[Span]):
@@ -45,6 +46,7 @@ class SpanTable(Sequence[Span]):
         self._codec = codec
         self._name = name
         self._words = memoryview(buffer)[at : at + count * SPAN.size].cast("Q")
+        self._starts = self._words[::_SPAN_WORDS]
         self._positions = self._words[_POSITION_WORD::_SPAN_WORDS]
 
     def __len__(self) -> int:
@@ -91,8 +93,24 @@ class SpanTable(Sequence[Span]):
             raise FormatError(f"{self._name} is damaged: span {number} of a layer is outside of it")
         return position, length
 
+    def digest(self, number: int) -> bytes:
+        """SHA-256 of a span's decoded bytes, cheaply: what a cache needs to know."""
+        at = self._at + (number + 1) * SPAN.size
+        return self._buffer[at - _DIGEST_SIZE : at]
+
+    def frame(self, number: int) -> range:
+        """The numbers of the spans that begin at the same compressed byte as this one, itself included: decoding any
+        of them passes those before it."""
+        starts, first, last = self._starts, number, number + 1
+        while first and starts[first - 1] == starts[number]:
+            first -= 1
+        while last < self._count and starts[last] == starts[number]:
+            last += 1
+        return range(first, last)
+
     def release(self) -> None:
         """Let go of the mapped file."""
+        self._starts.release()
         self._positions.release()
         self._words.release()
 

@@ -9,8 +9,9 @@ So a layer is applied in two steps: its whiteouts first, then its members.
 
 from __future__ import annotations
 
+import contextlib
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from clipfs.erofs import BLOCK, MAX_NAME, XATTR_PREFIXES, Inode, is_whiteout, is_xattr_name
 from clipfs.errors import ImageError, shown
@@ -20,9 +21,15 @@ from clipfs.layer import Entry, Member, Opaque, Whiteout
 # As the kernel's MAXSYMLINKS: a path that needs more is a loop.
 _MAX_LINKS = 40
 
-# Several times the largest images there are. One name in a layer can imply two thousand directories, so counting the
-# layer's bytes does not bound the tree.
+# Several times the largest images there are.
 MAX_INODES = 1 << 23
+
+# A directory that no member describes counts as so many inodes: images have few, a name can imply two thousand.
+_IMPLIED = 8
+
+# Parts of symlinks' targets that ways through an image may lead over, in all. Ways that members say themselves cost
+# no more than reading them did; but a few symlinks could make of each short name a long way.
+_MAX_DETOURS = 1 << 25
 
 # More warnings than this are read by nobody, and a hostile image could ask for any number.
 _MAX_WARNINGS = 100
@@ -43,30 +50,46 @@ class Tree:
         # Parents resolved before, by path: members of a directory follow each other. Emptied when a path may lead
         # elsewhere than it did.
         self._parents: dict[bytes, _Children] = {}
+        self._detours = 0
+        # Of the layer being applied: hard links' targets that it may delete, and names of whiteouts of overlayfs.
+        self._linked: dict[bytes, Inode] = {}
+        self._left_out: list[tuple[_Children, bytes, Member]] = []
 
     def apply(self, layer: int, entries: Iterable[Entry]) -> None:
         """Put layer number `layer` on top. ImageError names the entry that cannot be applied."""
         self._parents.clear()
         members: list[Member] = []
+        deletions: list[Whiteout | Opaque] = []
         for entry in entries:
             if isinstance(entry, Member):
                 members.append(entry)
             else:
-                self._delete(entry)
+                deletions.append(entry)
+        if deletions:
+            self._delete(deletions, members)
         for member in members:
             self._add(layer, member)
+        self._linked = {}
+        self._leave_out()
 
-    def _delete(self, entry: Whiteout | Opaque) -> None:
+    def _delete(self, deletions: Iterable[Whiteout | Opaque], members: Iterable[Member]) -> None:
         """Nothing there to delete is no error: a layer may be used on top of others than it was made on."""
-        if isinstance(entry, Opaque):
-            children = self._directory(entry.path, entry)
+        new = {member.path for member in members if stat.S_ISDIR(member.mode)}
+        for link in [member for member in members if member.hardlink]:
+            # What is deleted from its old place may have got a new name first, as archives that move things have it.
+            with contextlib.suppress(ImageError):
+                if inode := self._at(link.link, link):
+                    self._linked[link.link] = inode
+        for entry in deletions:
+            if isinstance(entry, Opaque):
+                children = self._directory(entry.path, entry, new=new)
+                if children is not None:
+                    children.clear()
+                continue
+            above, _, name = entry.path.rpartition(b"/")
+            children = self._directory(above, entry, new=new)
             if children is not None:
-                children.clear()
-            return
-        above, _, name = entry.path.rpartition(b"/")
-        children = self._directory(above, entry)
-        if children is not None:
-            children.pop(name, None)
+                children.pop(name, None)
 
     def _add(self, layer: int, member: Member) -> None:
         above, _, name = member.path.rpartition(b"/")
@@ -83,11 +106,18 @@ class Tree:
                 inode.children = before.children
             elif before.children is not None or before.target:
                 self._parents.clear()
+        siblings[name] = inode
         if is_whiteout(inode.mode, inode.rdev):
-            self._warn(f"device {shown(member.path)} is left out: overlayfs would take 0:0 for a whiteout")
-            siblings.pop(name, None)
-        else:
-            siblings[name] = inode
+            self._left_out.append((siblings, name, member))
+
+    def _leave_out(self) -> None:
+        """Drop 0:0 devices, now that all hard links to them are known."""
+        for siblings, name, member in self._left_out:
+            inode = siblings.get(name)
+            if inode is not None and is_whiteout(inode.mode, inode.rdev):
+                self._warn(f"device {shown(member.path)} is left out: overlayfs would take 0:0 for a whiteout")
+                del siblings[name]
+        self._left_out = []
 
     def _dress_root(self, member: Member) -> None:
         if member.hardlink or not stat.S_ISDIR(member.mode):
@@ -112,8 +142,8 @@ class Tree:
             tuple([(at, layer, offset, length) for at, offset, length in parts]) if parts else (),
         )
 
-    def _count(self, entry: Entry) -> None:
-        self._made += 1
+    def _count(self, entry: Entry, weight: int = 1) -> None:
+        self._made += weight
         if self._made > MAX_INODES:
             raise ImageError(
                 f"the image has more than {MAX_INODES} files and directories", member=entry.path, offset=entry.offset
@@ -139,17 +169,23 @@ class Tree:
 
     def _link_target(self, member: Member) -> Inode:
         """What a hard link leads to: the way there may lead over symlinks, but a symlink there is linked itself."""
-        above, _, name = member.link.rpartition(b"/")
-        siblings = self._parents.get(above)
-        if siblings is None:
-            siblings = self._directory(above, member) or {}
-        found = siblings.get(name)
+        found = self._at(member.link, member) or self._linked.get(member.link)
         if found is None or found.children is not None:
-            what = "which is a directory" if found is not None or not name else "which does not exist"
+            what = "which is a directory" if found is not None else "which does not exist"
             raise ImageError(
                 f"it is a hard link to {shown(member.link)}, {what}", member=member.path, offset=member.offset
             )
         return found
+
+    def _at(self, path: bytes, entry: Entry) -> Inode | None:
+        """What is there; a symlink there is not followed."""
+        above, _, name = path.rpartition(b"/")
+        if not name:
+            return self.root
+        siblings = self._parents.get(above)
+        if siblings is None:
+            siblings = self._directory(above, entry) or {}
+        return siblings.get(name)
 
     def _parent(self, path: bytes, member: Member) -> _Children:
         """The directory `path`, made where it is missing."""
@@ -161,15 +197,20 @@ class Tree:
         self._parents[path] = children
         return children
 
-    def _directory(self, path: bytes, entry: Entry, *, make: bool = False) -> _Children | None:
+    def _directory(
+        self, path: bytes, entry: Entry, *, make: bool = False, new: Collection[bytes] = ()
+    ) -> _Children | None:
         """What is in the directory `path`, with symlinks followed inside the root; None if it is not there or no
         directory. entry: on whose behalf, for errors.
 
         make: directories that are missing come into being, also where a dangling link points.
+        new: directories that are going to replace symlinks; what such a symlink leads to is not in them.
         """
         trail, missing, names, links = [self.root], list[bytes](), path.split(b"/")[::-1], 0
+        parts = rest = len(names)  # of `path` itself; what is above the rest comes from symlinks
         while names:
             name = names.pop()
+            own, rest = len(names) < rest, min(len(names), rest)
             if name in (b"", b"."):
                 continue
             if name == b"..":
@@ -186,10 +227,14 @@ class Tree:
             if inode is None:
                 missing.append(name)
             elif inode.target:
+                if own and new and b"/".join(path.split(b"/")[: parts - rest]) in new:
+                    return None
+                detour = inode.target.split(b"/")[::-1]
                 links += 1
-                if links > _MAX_LINKS:
+                self._detours += len(detour)
+                if links > _MAX_LINKS or self._detours > _MAX_DETOURS:
                     raise ImageError("too many symbolic links on the way", member=entry.path, offset=entry.offset)
-                names += inode.target.split(b"/")[::-1]
+                names += detour
                 if inode.target.startswith(b"/"):
                     del trail[1:]
             else:
@@ -202,7 +247,7 @@ class Tree:
         for name in names:
             if len(name) > MAX_NAME:
                 raise ImageError("a symlink on the way has too long a name", member=entry.path, offset=entry.offset)
-            self._count(entry)
+            self._count(entry, _IMPLIED)
             below = _implied()
             if directory.children is not None:
                 directory.children[name] = below

@@ -14,14 +14,18 @@ from typing import Self
 from clipfs.errors import ClipfsError
 
 # requests that were answered, bytes in those answers; ranges fetched, compressed bytes in them; requests answered from
-# memory at once, those that had to wait; spans decoded.
-NAMES = ("requests", "bytes_served", "fetches", "bytes_fetched", "hits", "misses", "spans_decoded")
+# memory at once, those that had to wait; spans decoded; blocks that came from the disk; spans whose bytes were wrong at
+# first; compressed bytes that were fetched before anybody asked for them.
+NAMES = (
+    *("requests", "bytes_served", "fetches", "bytes_fetched", "hits", "misses", "spans_decoded"),
+    *("disk_blocks", "spans_refetched", "bytes_ahead"),
+)
 
 _SIZE = 8 * len(NAMES)
 
 
 class Counters:
-    """Counts into a buffer of at least 56 bytes."""
+    """Counts into a buffer of at least eight bytes a counter."""
 
     def __init__(self, buffer: bytearray | mmap.mmap) -> None:
         whole = memoryview(buffer)
@@ -69,14 +73,24 @@ class Counters:
         numbers[1] += length
         numbers[5] += 1
 
-    def fetched(self, length: int) -> None:
+    def fetched(self, length: int, *, ahead: bool = False) -> None:
         """A range of compressed bytes came."""
         self._numbers[2] += 1
         self._numbers[3] += length
+        if ahead:
+            self._numbers[9] += length
 
     def decoded(self) -> None:
         """A span was decoded and verified."""
         self._numbers[6] += 1
+
+    def from_disk(self, blocks: int) -> None:
+        """Blocks came from the disk cache."""
+        self._numbers[7] += blocks
+
+    def refetched(self) -> None:
+        """A span's bytes were wrong, and are asked for once more."""
+        self._numbers[8] += 1
 
     def asdict(self) -> dict[str, int]:
         return dict(zip(NAMES, self._numbers, strict=True))

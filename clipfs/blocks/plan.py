@@ -32,6 +32,12 @@ class Spans(Protocol):
     def bounds(self, number: int) -> tuple[int, int]:
         """Position and length of a span."""
 
+    def digest(self, number: int) -> bytes:
+        """SHA-256 of a span's decoded bytes."""
+
+    def frame(self, number: int) -> range:
+        """The spans that begin at the same compressed byte, this one included."""
+
 
 class LayerView(Protocol):
     """What is asked of a layer."""
@@ -48,6 +54,9 @@ class IndexView(Protocol):
 
     @property
     def layers(self) -> Sequence[LayerView]: ...
+
+    @property
+    def data_size(self) -> int: ...
 
     def extents(self, address: int, length: int) -> list[tuple[int, int, int, int]]: ...
 

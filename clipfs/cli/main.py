@@ -32,6 +32,8 @@ An image is named as skopeo names it:
 _MOUNT_OPTIONS = """\
 options of -o, as mount(8) has them in fstab:
   cache=SIZE       decoded data kept in memory (default 64M)
+  cache-dir=DIR, cache-size=SIZE, cache-compression=zstd|none, prefetch=trace|all|none|FILE
+                   as the options of those names
   allow_other      others may look in; the default if root mounts
   log=FILE         what the serving process has to say
   source=IMAGE     where the bytes are, if not where the index says
@@ -74,6 +76,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code is the command's own for ``run`` and the error's kind otherwise."""
+    _open_closed_streams()
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -108,6 +111,17 @@ def _obey(words: list[str]) -> int:
         raise first from None
     sys.stdout.flush()
     return code
+
+
+def _open_closed_streams() -> None:
+    """If started with ``<&-`` or the like: or the next file that is opened would be taken for that stream."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+            if number:
+                setattr(sys, ("stdout", "stderr")[number - 1], open(number, "w", closefd=False))  # noqa: SIM115
 
 
 def _say(sentence: str) -> None:
@@ -169,6 +183,16 @@ def _add_source_options(parser: argparse.ArgumentParser, *, reads: bool = False)
         group.add_argument("--source", metavar="IMAGE", help="read the bytes here, not where the index says")
 
 
+def _add_cache_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is kept and fetched ahead")
+    group.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="decoded data on disk (default: /var/cache/clipfs)"
+    )
+    group.add_argument("--cache-size", metavar="SIZE", help="of it at most (default: a tenth of the disk; 0 for none)")
+    group.add_argument("--cache-compression", choices=("zstd", "none"), help="default: zstd")
+    group.add_argument("--prefetch", metavar="trace|all|none|FILE", help="default: trace, what earlier runs needed")
+
+
 def _add_image_commands(commands: Commands[_Parser]) -> None:
     parser = _command(commands, "index", "build", "make the .clip index of an image")
     parser.add_argument("image", metavar="IMAGE", help="its name, see below")
@@ -214,6 +238,7 @@ def _add_mount_commands(commands: Commands[_Parser]) -> None:
     )
     parser.add_argument("-f", dest="foreground", action="store_true", help="stay, and serve until unmounted")
     _add_source_options(parser, reads=True)
+    _add_cache_options(parser)
 
     parser = _command(commands, "umount", "mounts", "unmount what `clipfs mount` mounted", epilog="")
     parser.add_argument("directory", metavar="DIR", type=Path, help="where it is mounted")
@@ -226,8 +251,13 @@ def _add_run(commands: Commands[_Parser]) -> None:
     parser = _command(commands, "run", "run", "run a command in an image, a .clip or an unpacked directory")
     parser.usage = "clipfs run [OPTIONS] X [COMMAND [ARG ...]]"
     parser.add_argument("target", metavar="X", help=_X)
-    parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="instead of the image's own")
+    # argparse counts what takes the rest among what must be given; then it would be named in complaints about X.
+    rest = parser.add_argument(
+        "command", metavar="COMMAND", nargs=argparse.REMAINDER, help="instead of the image's own"
+    )
+    rest.required = False
     _add_source_options(parser, reads=True)
+    _add_cache_options(parser)
     group = parser.add_argument_group("the container")
     group.add_argument("--name", help="its name (default: a random one)")
     group.add_argument("--rm", action="store_true", help="remove its files afterwards")

@@ -11,7 +11,7 @@ import assembler
 from clipfs import mounter
 from clipfs.cli.options import clip_of, containers_dir
 from clipfs.errors import UsageError
-from clipfs.options import MountOptions, parse
+from clipfs.options import MountOptions, byte_count, parse, prefetch
 
 
 def mount(args: argparse.Namespace) -> int:
@@ -38,6 +38,10 @@ def mount_options(args: argparse.Namespace, text: str) -> MountOptions:
         authfile=options.authfile or (args.authfile and args.authfile.absolute()),
         ca=options.ca or (args.ca and args.ca.absolute()),
         insecure=options.insecure or args.insecure,
+        cache_dir=args.cache_dir.absolute() if args.cache_dir else options.cache_dir,
+        cache_size=byte_count(args.cache_size, "--cache-size") if args.cache_size else options.cache_size,
+        cache_compression=args.cache_compression != "none" if args.cache_compression else options.cache_compression,
+        prefetch=prefetch(args.prefetch) if args.prefetch else options.prefetch,
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
-import shlex
 import sys
 import threading
 import time
@@ -35,10 +36,12 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         clip = clip_of(args)
         index = stack.enter_context(Index.open(clip))
+        # From here on there is something to take down, and no signal may come between.
+        events = stack.enter_context(assembler.Events())
         container = stack.enter_context(assembler.Container.create(base, options.name))
         mounted = stack.enter_context(mounter.mount(clip, container.mountpoint(), mount_options(args, "suid,dev")))
         output = stack.enter_context(_FirstOutput()) if args.stats else None
-        code = assembler.run_in(container, mounted.mountpoint, index.config, options, archive="v2 (OCI)")
+        code = assembler.run_in(container, events, mounted.mountpoint, index.config, options, archive="v2 (OCI)")
         if output is not None:
             output.close()
             total = sum(layer.size for layer in index.layers)
@@ -65,10 +68,9 @@ def _no_image() -> ImageConfig:
 
 def _options(args: argparse.Namespace) -> assembler.RunOptions:
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
-    entrypoint = None if args.entrypoint is None else tuple(shlex.split(args.entrypoint))
     return assembler.RunOptions(
         command=tuple(command),
-        entrypoint=entrypoint,
+        entrypoint=None if args.entrypoint is None else _words(args.entrypoint),
         name=args.name,
         env=(*(line for file in args.env_file for line in _env_file(file)), *args.env),
         workdir=args.workdir,
@@ -89,12 +91,29 @@ def _options(args: argparse.Namespace) -> assembler.RunOptions:
     )
 
 
+def _words(entrypoint: str) -> tuple[str, ...]:
+    """One word, or several as a JSON list, as podman has it; nothing is split at spaces."""
+    if not entrypoint.startswith("["):
+        return (entrypoint,) if entrypoint else ()
+    try:
+        words = json.loads(entrypoint)
+    except ValueError:
+        words = None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UsageError(
+            f"an entrypoint is a command, or a JSON list of words such as '[\"sh\", \"-c\"]', not '{entrypoint}'"
+        )
+    return tuple(words)
+
+
 def _env_file(path: Path) -> list[str]:
     """The lines of an env file as docker and podman read it: no quoting, ``#`` begins a comment line."""
     try:
         text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read --env-file {path}: {error}") from error
+    except OSError as error:
+        raise UsageError(f"cannot read --env-file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--env-file {path} is not UTF-8 at byte {error.start}") from error
     lines = (line.strip() for line in text.splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
@@ -140,7 +159,8 @@ class _FirstOutput:
 
     def _copy(self, reading: int) -> None:
         started = Process.current().started / os.sysconf("SC_CLK_TCK")
-        with open(reading, "rb", buffering=0) as stream:
+        # When nobody takes our output any more, the command is the one to notice: its pipe is closed here.
+        with open(reading, "rb", buffering=0) as stream, contextlib.suppress(OSError):
             while chunk := stream.read(1 << 16):
                 if self.seconds is None:
                     self.seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - started

@@ -36,11 +36,18 @@ class LayerFetcher:
         self._name = self._options.name or name
         self._manifest = manifest
         self._source: Source | None = None
+        self._distrusted: list[Source] = []
         self._opening = trio.Lock()
 
     async def fetch(self, layer: int, start: int, end: int) -> bytes:
         """Bytes [start, end) of the blob of layer `layer`; SourceError if they cannot be had."""
         return await (await self._open()).read_range(self._manifest.layers[layer], start, end)
+
+    def distrust(self, layer: int) -> None:  # noqa: ARG002  the whole source is given up
+        """What came last of this layer was wrong: resolve and connect anew for what is asked next."""
+        if self._source is not None:
+            self._distrusted.append(self._source)
+            self._source = None
 
     async def _open(self) -> Source:
         async with self._opening:
@@ -62,6 +69,6 @@ class LayerFetcher:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._source is not None:
-            with trio.CancelScope(shield=True), trio.move_on_after(5):
-                await self._source.aclose()
+        with trio.CancelScope(shield=True), trio.move_on_after(5):
+            for source in filter(None, (self._source, *self._distrusted)):
+                await source.aclose()

@@ -1,0 +1,58 @@
+"""Who reads in sequence, and how far ahead of them it pays to be. Pure: no I/O, no clock.
+
+A reader that goes on where it stopped is followed, and what lies before it is wanted as far as it has come, up to a
+limit: who has read a MiB in a row is worth another. The data space is in the order of the layers, so this serves one
+large file and many small ones alike.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+# Files begin at multiples of this many bytes: who has read one to its end goes on with the next.
+_PAGE_SHIFT = 12
+_PAGE = 1 << _PAGE_SHIFT
+
+# Bytes in a row that make a reader sequential. Programs are mapped, and read 128 KiB here and there, or twice that.
+_ENOUGH = 1 << 20
+
+# Readers that are remembered. More at once are not sequential enough to help.
+_STREAMS = 64
+
+
+@dataclass(slots=True)
+class _Stream:
+    read: int  # bytes in a row
+    ahead: int  # the address up to which everything is on its way
+
+
+class Streams:
+    """Follows readers. largest: bytes to be ahead at most; zero turns it off."""
+
+    def __init__(self, largest: int) -> None:
+        self._largest = largest
+        self._streams: OrderedDict[int, _Stream] = OrderedDict()
+
+    def note(self, address: int, length: int) -> tuple[int, int] | None:
+        """Somebody reads these bytes: the bytes [start, end) to be fetched now, beyond those named before.
+
+        On the path of every read, so flat.
+        """
+        streams, end = self._streams, address + length
+        stream = streams.pop(address >> _PAGE_SHIFT, None)
+        if stream is None:
+            streams[end + _PAGE - 1 >> _PAGE_SHIFT] = _Stream(length, end)
+            if len(streams) > _STREAMS:
+                streams.popitem(last=False)
+            return None
+        streams[end + _PAGE - 1 >> _PAGE_SHIFT] = stream
+        stream.read += length
+        if stream.read < _ENOUGH:
+            return None
+        window = min(stream.read, self._largest)
+        # Asked for in halves of a window, so that ranges are long.
+        if stream.ahead > end + window // 2:
+            return None
+        start, stream.ahead = max(stream.ahead, end), end + window
+        return (start, stream.ahead) if start < stream.ahead else None

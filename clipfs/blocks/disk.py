@@ -1,0 +1,293 @@
+"""Verified blocks on disk: a directory that all mounts of a user share, bounded in bytes, least recently used first.
+
+A span is a file named after the SHA-256 of its decoded bytes, so that images share what they have in common. It is
+written aside, as ``NAME.part``, and renamed. Whoever fetches a span holds a lock on that file, so that of all processes
+that miss it one fetches it and the others wait; the kernel lets go of the lock when its holder dies.
+
+The cache is an aid: whatever goes wrong with the disk is said once, and then bytes are served without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import struct
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from clipfs.blocks.store import DamagedError, Entry, WouldWaitError, pack
+
+log = logging.getLogger(__name__)
+
+# Without a limit given: this share of the disk that the cache is on.
+_SHARE = 0.10
+
+# Eviction goes down to this share of the limit, so that it happens once for many spans.
+_LOW = 0.95
+
+# Files that are kept open, to spare opening and checking them for every block. One that another process evicts takes
+# its room until it is closed here, so these are few.
+_OPEN = 64
+
+# A file's time says when it was last of use; renewing it more often than this (seconds) only costs time.
+_RENEWAL = 60
+
+# A part whose writer is gone is removed after this many seconds; it is of no use to anybody, but cheap.
+_STALE = 3600
+
+_HEX = "[0-9a-f]"
+_NAMES = f"{_HEX * 2}/{_HEX * 62}"
+
+_TOTAL = struct.Struct("<Q")
+_PAGE = 4096
+
+
+class Stored(NamedTuple):
+    """A file of the cache: its span's digest, its size on disk in bytes, when it was last of use (seconds)."""
+
+    digest: str
+    size: int
+    used: float
+    path: Path
+
+
+class Claim:
+    """The right, and the duty, to fetch a span: `keep` its blocks or `release` it. Both end it."""
+
+    def __init__(self, cache: DiskCache, digest: bytes, path: Path | None, descriptor: int) -> None:
+        self._cache, self._digest, self._path, self._descriptor = cache, digest, path, descriptor
+
+    def keep(self, blocks: Sequence[bytes]) -> None:
+        """Write them, and let others find them. Blocks; for a worker thread."""
+        if self._path is None:
+            return
+        with self._cache.aided():
+            pieces = pack(self._digest, blocks, compress=self._cache.compress)
+            self._cache.write(self._descriptor, pieces, self._path)
+        self.release()
+
+    def release(self) -> None:
+        """Let the next one try, if nothing was kept."""
+        if self._path is None:
+            return
+        path, self._path = self._path, None
+        # Still locked: nobody can have taken this name for another file in between.
+        with contextlib.suppress(OSError):
+            if path.stat().st_ino == os.fstat(self._descriptor).st_ino:
+                path.unlink()
+        os.close(self._descriptor)
+
+
+class DiskCache:
+    """The cache in `directory`. limit: bytes on disk, None for a tenth of the disk. Threads may share it."""
+
+    def __init__(self, directory: Path, limit: int | None = None, *, compress: bool = True) -> None:
+        self.directory = directory
+        self.compress = compress
+        self.dropped = 0
+        self._complained = False
+        self._lock = threading.Lock()
+        self._open: OrderedDict[bytes, tuple[Entry, float]] = OrderedDict()
+        self.limit = 0
+        with self.aided():
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            room = os.statvfs(directory)
+            self.limit = int(room.f_blocks * room.f_frsize * _SHARE) if limit is None else limit
+
+    # --- reading
+
+    def get(self, digest: bytes, number: int, *, wait: bool = True) -> bytes | None:
+        """Block `number` of a span, None if it is not here. WouldWaitError if not `wait` and the disk is needed."""
+        try:
+            entry = self._entry(digest, wait)
+            return None if entry is None else entry.read(number, wait=wait)
+        except DamagedError:
+            self._drop(digest)
+        except OSError as error:
+            self._complain(error)
+        return None
+
+    def has(self, digest: bytes) -> bool:
+        """Is the span here? Its blocks may still turn out to be damaged."""
+        return self.get(digest, 0) is not None
+
+    def _entry(self, digest: bytes, wait: bool) -> Entry | None:
+        now = time.monotonic()
+        with self._lock:
+            found = self._open.get(digest)
+            if found is not None:
+                self._open.move_to_end(digest)
+        if found is not None and now < found[1]:
+            return found[0]
+        if not wait:
+            raise WouldWaitError
+        path = self._path(digest)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            with self._lock:
+                self._open.pop(digest, None)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(descriptor)
+        entry = Entry(descriptor, digest)
+        with self._lock:
+            self._open[digest] = entry, now + _RENEWAL
+            while len(self._open) > _OPEN:
+                self._open.popitem(last=False)
+        return entry
+
+    def _drop(self, digest: bytes) -> None:
+        """Remove a damaged file. It is fetched again as if it had never been here."""
+        path = self._path(digest)
+        log.warning("dropped %s from the cache: it is damaged", path)
+        self.dropped += 1
+        with self._lock:
+            self._open.pop(digest, None)
+        with contextlib.suppress(OSError), self._total() as total:
+            total[0] -= _on_disk(path.stat().st_size)
+            path.unlink()
+
+    # --- fetching
+
+    def claim(self, digest: bytes) -> Claim | None:
+        """Take a span upon oneself; None if another process, or another task, has done so and still is at it."""
+        if not self.limit:
+            return Claim(self, digest, None, -1)
+        path = self._path(digest).with_suffix(".part")
+        try:
+            while True:
+                path.parent.mkdir(mode=0o700, exist_ok=True)
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                        return Claim(self, digest, path, descriptor)
+                except BlockingIOError:
+                    os.close(descriptor)
+                    return None
+                except FileNotFoundError:
+                    pass
+                except BaseException:
+                    os.close(descriptor)
+                    raise
+                # Somebody has just finished with this file and renamed or removed it: the next one is free.
+                os.close(descriptor)
+        except OSError as error:
+            self._complain(error)
+            return Claim(self, digest, None, -1)
+
+    def wait(self, digest: bytes) -> None:
+        """Return when whoever has claimed the span is done with it, one way or another. Blocks; for a worker thread."""
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self._path(digest).with_suffix(".part"), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+            finally:
+                os.close(descriptor)
+
+    def write(self, descriptor: int, pieces: Sequence[bytes], part: Path) -> None:
+        """Make `part`, open and locked as `descriptor`, a file of the cache. OSError if the disk does not take it."""
+        size = _on_disk(sum(map(len, pieces)))
+        if size > self.limit // 2:
+            return  # It would push out most of what is here, or does not fit at all.
+        # Counted before it can be found: a process that is killed leaves the total too high, never too low, and the
+        # next eviction counts anew.
+        with self._total() as total:
+            total[0] += size
+            if total[0] > self.limit:
+                total[0] = self._evict(int(self.limit * _LOW) - size) + size
+        try:
+            _write(descriptor, pieces)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            # Others have filled the disk. Giving up as much as this needs is fair, trying twice would not be.
+            with self._total() as total:
+                total[0] = self._evict(max(0, total[0] - 2 * size)) + size
+            _write(descriptor, pieces)
+        part.rename(part.with_suffix(""))
+
+    # --- keeping house
+
+    def stored(self) -> Iterator[Stored]:
+        """What is here, in no particular order."""
+        for path in self.directory.glob(_NAMES):
+            with contextlib.suppress(FileNotFoundError):
+                found = path.stat()
+                yield Stored(path.parent.name + path.name, _on_disk(found.st_size), found.st_mtime, path)
+
+    def trim(self, limit: int) -> int:
+        """Evict until `limit` bytes are left, and remove what dead writers left. Returns the bytes that are left."""
+        now = time.time()
+        for part in self.directory.glob(f"{_NAMES}.part"):
+            with contextlib.suppress(OSError):
+                if now - part.stat().st_mtime > _STALE:
+                    claim = self.claim(bytes.fromhex(part.parent.name + part.stem))
+                    if claim is not None:
+                        claim.release()
+        with self._total() as total:
+            total[0] = self._evict(limit)
+            return total[0]
+
+    def _evict(self, target: int) -> int:
+        """Remove the least recently used until `target` bytes are left. Returns what is left, counted anew."""
+        stored = sorted(self.stored(), key=lambda each: each.used)
+        left = sum(each.size for each in stored)
+        for each in stored:
+            if left <= target:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                each.path.unlink()
+            with self._lock:
+                self._open.pop(bytes.fromhex(each.digest), None)
+            left -= each.size
+        return left
+
+    @contextlib.contextmanager
+    def _total(self) -> Iterator[list[int]]:
+        """The bytes on disk, as a list of one number, locked against other processes until the block ends."""
+        with open(os.open(self.directory / "total", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", 0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            known = file.read(_TOTAL.size)
+            total = [_TOTAL.unpack(known)[0] if len(known) == _TOTAL.size else sum(each.size for each in self.stored())]
+            yield total
+            os.pwrite(file.fileno(), _TOTAL.pack(max(0, total[0])), 0)
+
+    @contextlib.contextmanager
+    def aided(self) -> Iterator[None]:
+        """Around what the cache can do without: an OSError is said once and goes no further."""
+        try:
+            yield
+        except OSError as error:
+            self._complain(error)
+
+    def _complain(self, error: OSError) -> None:
+        if not self._complained:
+            self._complained = True
+            log.warning("the cache in %s is of limited use now: %s", self.directory, error.strerror)
+
+    def _path(self, digest: bytes) -> Path:
+        name = digest.hex()
+        return self.directory / name[:2] / name[2:]
+
+
+def _write(descriptor: int, pieces: Sequence[bytes]) -> None:
+    os.ftruncate(descriptor, 0)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    with open(descriptor, "wb", closefd=False) as file:
+        file.writelines(pieces)
+
+
+def _on_disk(size: int) -> int:
+    return -(-size // _PAGE) * _PAGE
+
+
+__all__ = ["Claim", "DiskCache", "Stored", "WouldWaitError"]

@@ -1,0 +1,80 @@
+"""One span under way, and which of them travel together. Who steers them is in `flights`."""
+
+from __future__ import annotations
+
+import copy
+from typing import Protocol
+
+import trio
+
+from clipfs.format import Span
+
+# Neighbouring spans are fetched as one range up to this many compressed bytes: a round trip for four spans of usual
+# size, and little enough that the first of them is not kept waiting long for the last.
+RANGE = 8 << 20
+
+# What may lie between neighbours: a gzip footer and the next member's header, with room for a name.
+_GAP = 4 << 10
+
+
+class SpanFetcher(Protocol):
+    """Where compressed bytes come from."""
+
+    async def fetch(self, layer: int, start: int, end: int) -> bytes:
+        """Bytes [start, end) of the blob of layer number `layer`. ClipfsError if they cannot be had."""
+
+    def distrust(self, layer: int) -> None:
+        """What came last of this layer was wrong: take another way next time, if there is one."""
+
+
+class Flight:
+    """A span under way. Everybody who needs it waits here; it ends with its blocks or with an error."""
+
+    def __init__(self, layer: int, number: int, span: Span, forward: bool) -> None:
+        self.layer, self.number, self.span = layer, number, span
+        self.forward = forward  # one of several spans of a zstd frame
+        self._blocks: list[bytes] = []
+        self._error: Exception | None = None
+        self._landed = trio.Event()
+
+    @property
+    def landed(self) -> bool:
+        return self._landed.is_set()
+
+    def land(self, blocks: list[bytes]) -> None:
+        if not self.landed:
+            self._blocks = blocks
+            self._landed.set()
+
+    def fail(self, error: Exception) -> None:
+        if not self.landed:
+            self._error = error
+            self._landed.set()
+
+    async def blocks(self) -> list[bytes]:
+        await self._landed.wait()
+        if self._error is not None:
+            # Each waiter raises its own copy: tracebacks of several tasks would pile up on one.
+            raise copy.copy(self._error) from self._error
+        return self._blocks
+
+
+def neighbours(flights: list[Flight]) -> list[list[Flight]]:
+    """The flights in groups that are fetched together."""
+    groups: list[list[Flight]] = []
+    for flight in flights:
+        group = groups[-1] if groups else []
+        if group and _together(group[0], group[-1], flight):
+            group.append(flight)
+        else:
+            groups.append([flight])
+    return groups
+
+
+def _together(first: Flight, last: Flight, flight: Flight) -> bool:
+    if last.layer != flight.layer or last.number >= flight.number:
+        return False
+    if last.forward or flight.forward:
+        return last.forward and last.span.start == flight.span.start
+    start, end = flight.span.start, flight.span.end
+    return first.span.start <= start <= last.span.end + _GAP and end - first.span.start <= RANGE
