@@ -1,0 +1,345 @@
+"""The cache on disk: what it gives back, what it does about damage, full disks, other processes and sudden death."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import pytest
+
+from clipfs.blocks.disk import DiskCache, WouldWaitError
+from clipfs.blocks.plan import BLOCK
+from tests.conftest import require_root
+
+SECONDS = 30
+FORK = multiprocessing.get_context("fork")
+
+
+def span(number: int, length: int = 3 * BLOCK + 17) -> tuple[bytes, list[bytes]]:
+    """A span's digest and blocks; the first block compresses, the others do not."""
+    data = bytes([number % 251]) * BLOCK + random.Random(number).randbytes(max(0, length - BLOCK))
+    data = data[:length]
+    return hashlib.sha256(data).digest(), [data[at : at + BLOCK] for at in range(0, length, BLOCK)]
+
+
+def keep(cache: DiskCache, number: int, length: int = 3 * BLOCK + 17) -> tuple[bytes, list[bytes]]:
+    digest, blocks = span(number, length)
+    claim = cache.claim(digest)
+    assert claim is not None
+    claim.keep(blocks)
+    return digest, blocks
+
+
+def everything(cache: DiskCache, digest: bytes, count: int) -> list[bytes | None]:
+    return [cache.get(digest, number) for number in range(count)]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> DiskCache:
+    return DiskCache(tmp_path / "cache", 1 << 30)
+
+
+@pytest.mark.parametrize("compress", [True, False])
+@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 4 << 20])
+def test_what_is_kept_is_found(tmp_path: Path, length: int, compress: bool) -> None:
+    cache = DiskCache(tmp_path, 1 << 30, compress=compress)
+    digest, blocks = keep(cache, 1, length)
+    assert everything(cache, digest, len(blocks)) == blocks
+    assert everything(DiskCache(tmp_path, 1 << 30), digest, len(blocks)) == blocks
+    assert cache.get(digest, len(blocks)) is None, "there is no such block"
+
+
+def test_what_is_not_kept_is_not_found(cache: DiskCache) -> None:
+    assert cache.get(span(1)[0], 0) is None
+    assert not cache.has(span(1)[0])
+
+
+def test_compression_saves_space(tmp_path: Path) -> None:
+    sizes = []
+    for compress in (True, False):
+        cache = DiskCache(tmp_path / str(compress), 1 << 30, compress=compress)
+        keep(cache, 1, BLOCK)
+        sizes += [stored.size for stored in cache.stored()]
+    assert sizes[0] * 10 < sizes[1]
+
+
+def test_without_waiting(cache: DiskCache) -> None:
+    """The loop must not wait for a disk: what is not open, or not in memory, is for a thread."""
+    digest, blocks = keep(cache, 1)
+    with pytest.raises(WouldWaitError):
+        cache.get(digest, 0, wait=False)
+    assert cache.get(digest, 0) == blocks[0]
+    assert cache.get(digest, 0, wait=False) == blocks[0]
+
+
+class TestDamage:
+    @pytest.mark.parametrize("seed", range(3))
+    def test_a_flipped_bit_is_noticed_wherever_it_is(self, cache: DiskCache, seed: int) -> None:
+        chance = random.Random(seed)
+        digest, blocks = keep(cache, 1)
+        [stored] = cache.stored()
+        good = stored.path.read_bytes()
+        places = [*range(150), *(chance.randrange(len(good)) for _ in range(100))]
+        for at in places:
+            bad = bytearray(good)
+            bad[at] ^= 1 << chance.randrange(8)
+            stored.path.write_bytes(bad)
+            fresh = DiskCache(cache.directory, 1 << 30)
+            found = everything(fresh, digest, len(blocks))
+            assert None in found, f"byte {at} was changed and nobody noticed"
+            assert all(block in (None, right) for block, right in zip(found, blocks, strict=True))
+            assert fresh.dropped == 1
+            assert not stored.path.exists(), "what is damaged is dropped"
+
+    @pytest.mark.parametrize("share", [0.0, 0.0001, 0.3, 0.999])
+    def test_a_file_cut_short(self, cache: DiskCache, share: float) -> None:
+        digest, blocks = keep(cache, 1)
+        [stored] = cache.stored()
+        os.truncate(stored.path, int(stored.path.stat().st_size * share))
+        found = everything(cache, digest, len(blocks))
+        assert None in found
+        assert all(block in (None, right) for block, right in zip(found, blocks, strict=True))
+        keep(cache, 1)
+        assert everything(cache, digest, len(blocks)) == blocks
+
+    def test_somebody_else_under_its_name(self, cache: DiskCache) -> None:
+        digest, _ = keep(cache, 1)
+        other, _ = keep(cache, 2)
+        path, other_path = (cache.directory / d.hex()[:2] / d.hex()[2:] for d in (digest, other))
+        other_path.replace(path)
+        assert DiskCache(cache.directory, 1 << 30).get(digest, 0) is None
+
+    def test_a_link_is_not_followed(self, cache: DiskCache, tmp_path: Path) -> None:
+        digest, _ = keep(cache, 1)
+        [stored] = cache.stored()
+        stored.path.rename(tmp_path / "elsewhere")
+        stored.path.symlink_to(tmp_path / "elsewhere")
+        assert DiskCache(cache.directory, 1 << 30).get(digest, 0) is None
+
+    def test_a_lost_or_wrong_total_is_counted_anew(self, cache: DiskCache) -> None:
+        keep(cache, 1)
+        size = sum(stored.size for stored in cache.stored())
+        for damage in (b"", b"123", b"\xff" * 8):
+            (cache.directory / "total").write_bytes(damage)
+            assert cache.trim(1 << 30) == size
+
+
+class TestLimit:
+    def test_it_holds_under_churn(self, tmp_path: Path) -> None:
+        limit = 20 << 20
+        cache = DiskCache(tmp_path, limit, compress=False)
+        largest = 0
+        for number in range(150):
+            keep(cache, number, random.Random(number).randrange(1, 2 << 20))
+            largest = max(largest, sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*")))
+        assert limit * 0.8 < largest < limit * 1.05
+
+    def test_the_least_recently_used_goes_first(self, tmp_path: Path) -> None:
+        cache = DiskCache(tmp_path, 10 << 20, compress=False)
+        digests = [keep(cache, number, 1 << 20)[0] for number in range(8)]
+        for age, digest in enumerate(reversed(digests)):
+            path = tmp_path / digest.hex()[:2] / digest.hex()[2:]
+            os.utime(path, (1_000_000_000 + age, 1_000_000_000 + age))
+        assert cache.has(digests[7]), "and with that it is the most recently used"
+        cache.trim(3 << 20)
+        left = {stored.digest for stored in cache.stored()}
+        assert left == {digests[7].hex(), digests[0].hex()}
+
+    def test_what_is_larger_than_the_cache_is_not_kept(self, tmp_path: Path) -> None:
+        cache = DiskCache(tmp_path, 1 << 20, compress=False)
+        digest, _ = keep(cache, 1, 4 << 20)
+        assert not cache.has(digest)
+        assert list(cache.stored()) == []
+
+    def test_none_at_all(self, tmp_path: Path) -> None:
+        cache = DiskCache(tmp_path, 0)
+        digest, _ = keep(cache, 1)
+        assert cache.get(digest, 0) is None
+        assert list(tmp_path.rglob("*/*")) == []
+
+    def test_the_default_is_a_share_of_the_disk(self, tmp_path: Path) -> None:
+        room = os.statvfs(tmp_path)
+        assert DiskCache(tmp_path).limit == pytest.approx(room.f_blocks * room.f_frsize / 10, rel=0.01)
+
+
+class TestClaims:
+    def test_one_at_a_time(self, cache: DiskCache) -> None:
+        digest, blocks = span(1)
+        first = cache.claim(digest)
+        assert first is not None
+        assert cache.claim(digest) is None
+        assert DiskCache(cache.directory, 1 << 30).claim(digest) is None
+        waiting = threading.Thread(target=cache.wait, args=(digest,))
+        waiting.start()
+        first.keep(blocks)
+        waiting.join(SECONDS)
+        assert not waiting.is_alive()
+        assert cache.get(digest, 0) == blocks[0]
+
+    def test_given_back(self, cache: DiskCache) -> None:
+        digest, _ = span(1)
+        first = cache.claim(digest)
+        assert first is not None
+        first.release()
+        first.release()
+        second = cache.claim(digest)
+        assert second is not None
+        second.release()
+        assert [path for path in cache.directory.rglob("*") if path.is_file()] == []
+
+    def test_waiting_for_nobody(self, cache: DiskCache) -> None:
+        cache.wait(span(1)[0])
+
+    def test_the_dead_hold_nothing(self, cache: DiskCache) -> None:
+        digest, blocks = span(1)
+        claimed = FORK.Event()
+
+        def die() -> None:
+            cache.claim(digest)
+            claimed.set()
+            signal.pause()
+
+        process = FORK.Process(target=die)
+        process.start()
+        assert claimed.wait(SECONDS)
+        assert cache.claim(digest) is None
+        waiting = threading.Thread(target=cache.wait, args=(digest,))
+        waiting.start()
+        process.kill()
+        process.join(SECONDS)
+        waiting.join(SECONDS)
+        assert not waiting.is_alive()
+        claim = cache.claim(digest)
+        assert claim is not None
+        claim.keep(blocks)
+        assert cache.has(digest)
+
+    def test_what_the_dead_left_is_removed(self, cache: DiskCache) -> None:
+        digest, _ = span(1)
+        part = cache.directory / digest.hex()[:2] / f"{digest.hex()[2:]}.part"
+        part.parent.mkdir()
+        part.write_bytes(b"half a span")
+        cache.trim(1 << 30)
+        assert part.exists(), "it may be somebody's who has only just begun"
+        os.utime(part, (1, 1))
+        cache.trim(1 << 30)
+        assert not part.exists()
+
+
+def churn(directory: Path, numbers: range, started: Event | None = None) -> None:
+    """Keep spans, and check what is found, in an endless random order if `started` is given."""
+    cache = DiskCache(directory, 4 << 20)
+    chance = random.Random(os.getpid())
+    while True:
+        for number in chance.sample(numbers, len(numbers)):
+            digest, blocks = span(number, 1 + number * 7919 % (1 << 20))
+            found = everything(cache, digest, len(blocks))
+            assert all(block in (None, right) for block, right in zip(found, blocks, strict=True))
+            claim = cache.claim(digest)
+            if claim is not None:
+                claim.keep(blocks)
+            if started is not None:
+                started.set()
+        if started is None:
+            return
+
+
+@pytest.mark.slow
+def test_killed_200_times(tmp_path: Path) -> None:
+    """SIGKILL at any instant leaves nothing that is later served wrong, nor a lock, nor a wrong total for long."""
+    chance = random.Random(1)
+    numbers = range(12)
+    for _ in range(200):
+        started = FORK.Event()
+        process = FORK.Process(target=churn, args=(tmp_path, numbers, started))
+        process.start()
+        assert started.wait(SECONDS)
+        process.join(chance.random() * 0.01)
+        process.kill()
+        process.join(SECONDS)
+    cache = DiskCache(tmp_path, 4 << 20)
+    for number in numbers:
+        digest, blocks = span(number, 1 + number * 7919 % (1 << 20))
+        found = everything(cache, digest, len(blocks))
+        assert all(block in (None, right) for block, right in zip(found, blocks, strict=True))
+        claim = cache.claim(digest)
+        assert claim is not None
+        claim.release()
+    assert cache.dropped == 0, "renaming is the last step: nothing half-written has a name"
+    assert cache.trim(4 << 20) == sum(stored.size for stored in cache.stored())
+
+
+def test_two_processes_at_once(tmp_path: Path) -> None:
+    processes = [FORK.Process(target=churn, args=(tmp_path, range(40))) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(SECONDS)
+    assert [process.exitcode for process in processes] == [0, 0]
+    total = sum(stored.size for stored in DiskCache(tmp_path, 4 << 20).stored())
+    assert total <= (4 << 20) * 1.05
+
+
+class TestBadDisks:
+    @pytest.fixture
+    def small(self, tmp_path: Path) -> Iterator[Path]:
+        """A disk of two megabytes."""
+        require_root()
+        place = tmp_path / "small"
+        place.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2M", "small", place], check=True)
+        try:
+            yield place
+        finally:
+            subprocess.run(["umount", place], check=True)
+
+    def test_full_because_of_others(self, small: Path, caplog: pytest.LogCaptureFixture) -> None:
+        cache = DiskCache(small / "cache", 100 << 20, compress=False)
+        (small / "others").write_bytes(bytes(1_700_000))
+        for number in range(10):
+            digest, blocks = keep(cache, number, 3 * BLOCK)
+            assert cache.get(digest, 0) in (None, blocks[0])
+        assert len([record for record in caplog.records if "limited use" in record.message]) == 1
+        (small / "others").unlink()
+        digest, blocks = keep(cache, 99, 3 * BLOCK)
+        assert everything(cache, digest, 3) == blocks
+
+    def test_full_of_its_own(self, small: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """A limit beyond the disk: the oldest go when there is no more room."""
+        cache = DiskCache(small / "cache", 100 << 20, compress=False)
+        for number in range(20):
+            digest, blocks = keep(cache, number, 3 * BLOCK)
+            assert everything(cache, digest, 3) == blocks
+        assert caplog.records == []
+
+    def test_read_only(self, small: Path, caplog: pytest.LogCaptureFixture) -> None:
+        cache = DiskCache(small / "cache", 100 << 20)
+        digest, blocks = keep(cache, 1)
+        subprocess.run(["mount", "-o", "remount,ro", small], check=True)
+        again = DiskCache(small / "cache", 100 << 20)
+        assert everything(again, digest, len(blocks)) == blocks, "what is there is still good"
+        other, _ = keep(again, 2)
+        assert again.get(other, 0) is None
+        assert len(caplog.records) == 1
+
+    def test_a_directory_that_cannot_be(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        (tmp_path / "file").write_text("")
+        cache = DiskCache(tmp_path / "file" / "cache", 1 << 20)
+        digest, _ = keep(cache, 1)
+        assert cache.get(digest, 0) is None
+        assert len(caplog.records) == 1
+
+    def test_a_directory_that_is_removed(self, cache: DiskCache) -> None:
+        digest, _ = keep(cache, 1)
+        subprocess.run(["rm", "-r", cache.directory], check=True)
+        assert DiskCache(cache.directory, 1 << 30).get(digest, 0) is None
+        assert cache.get(digest, 1) in (None, span(1)[1][1])
+        keep(cache, 2)
