@@ -196,9 +196,7 @@ class Flights:
                 blocks = await self._decoded(flight, data)
             except IntegrityError as error:
                 # The source sent something else. It may not do so twice, and another one may be better.
-                self._counters.refetched()
-                self._journal.refetched(flight.layer, flight.number, str(error))
-                self._fetcher.distrust(flight.layer)
+                self._distrust(flight.layer, flight.number, error)
                 again = await self._fetch([flight], flight.span.start, flight.span.end, why)
                 blocks = await self._decoded(flight, memoryview(again))
         except Exception as error:  # noqa: BLE001  raised again by everybody who waits
@@ -208,6 +206,11 @@ class Flights:
         if claim is not None:
             await trio.to_thread.run_sync(claim.keep, blocks, limiter=self._writers)
 
+    def _distrust(self, layer: int, number: int, error: IntegrityError) -> None:
+        self._counters.refetched()
+        self._journal.refetched(layer, number, str(error))
+        self._fetcher.distrust(layer)
+
     async def _decoded(self, flight: Flight, data: memoryview) -> list[bytes]:
         codec = self._layers[flight.layer].codec
         blocks = await trio.to_thread.run_sync(_decode, codec, flight.span, data, limiter=self.decoders)
@@ -216,13 +219,22 @@ class Flights:
 
     async def _bring_forward(self, group: list[Flight], claims: dict[int, Claim], why: str) -> None:
         """Spans of one long frame. Those that decoding passes on its way land too, or are kept for later."""
-        layer, last = group[0].layer, group[-1].number
+        layer, last, distrusted = group[0].layer, group[-1].number, False
         async with self._frames.at(layer, group[0].number) as frame:
             while any(not flight.landed for flight in group):
                 frame.begin_before(min(flight.number for flight in group if not flight.landed))
                 numbers, start, end = frame.stretch(last, RANGE)
                 data = await self._fetch(group, start, end, why)
-                for number, blocks in await trio.to_thread.run_sync(frame.decode, data, numbers, limiter=self.decoders):
+                try:
+                    found = await trio.to_thread.run_sync(frame.decode, data, numbers, limiter=self.decoders)
+                except IntegrityError as error:
+                    # As above; only that the frame has to be decoded from its beginning again.
+                    if distrusted:
+                        raise
+                    distrusted = True
+                    self._distrust(layer, numbers.start, error)
+                    continue
+                for number, blocks in found:
                     self._counters.decoded()
                     await self._passed(layer, number, blocks, claims.get(number))
 
