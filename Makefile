@@ -19,10 +19,11 @@ SYSTEM := .cache/system-packages
 IMAGE ?= oci:$(DEMO)/oci:latest
 CMD   ?= python3 -c 'import os, sys; print("Hello from Python", sys.version.split()[0], "in", sorted(os.listdir("/")))'
 
-# To build pyfuse3, to mount, to run containers; then what the tests compare with and measure against.
-PACKAGES := python3-venv python3-dev gcc pkg-config fuse3 libfuse3-dev runc crun mmdebstrap \
-            acl apache2-utils attr docker-registry erofs-utils fio libcap2-bin openssl pigz skopeo \
-            squashfs-tools squashfuse umoci zstd
+# To build pyfuse3, to mount, to run containers and to build the demo image.
+PACKAGES := python3-venv python3-dev gcc pkg-config fuse3 libfuse3-dev runc crun mmdebstrap pigz zstd
+# What the tests compare with, and the benchmarks measure against.
+PEERS    := acl apache2-utils attr buildah busybox-static bzip2 docker-registry erofs-utils fio libcap2-bin nginx \
+            openssl skopeo squashfs-tools squashfuse umoci xz-utils
 
 help: ## say what there is
 	@echo 'make TARGET, where TARGET is one of'
@@ -36,7 +37,7 @@ run: setup $(DEMO)/oci/index.json ## run a container from an image that is never
 
 demo: setup $(DEMO)/oci/index.json ## build the demo image in .cache/demo
 
-test: setup lint $(DEMO)/oci/index.json ## everything that must hold: ruff, mypy, pytest [ARGS=...]
+test: setup lint $(SYSTEM)-peers $(DEMO)/oci/index.json ## everything that must hold: ruff, mypy, pytest [ARGS=...]
 	@$(VENV)/bin/pytest $(ARGS)
 
 lint: setup ## ruff and mypy
@@ -44,25 +45,34 @@ lint: setup ## ruff and mypy
 	@$(VENV)/bin/ruff format --check --quiet || { echo "run '$(VENV)/bin/ruff format'"; exit 1; }
 	@$(VENV)/bin/mypy --no-error-summary
 
-bench: $(VENV)/.installed-bench $(DEMO)/oci/index.json ## measure, print the tables, renew benchmarks/README.md and its plot
+bench: $(VENV)/.installed-bench $(SYSTEM)-peers $(DEMO)/oci/index.json ## measure, print the tables, renew benchmarks/README.md and its plot
 	@$(VENV)/bin/python -m benchmarks
 
 clean: ## remove what make made in this directory
 	rm -rf $(VENV) .cache build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(SYSTEM): Makefile
-	@missing=$$(comm -23 <(printf '%s\n' $(PACKAGES) | sort) \
-	    <(dpkg-query -W -f '$${db:Status-Status} $${Package}\n' 2>/dev/null | sed -n 's/^installed //p' | sort -u)); \
-	if [ -n "$$missing" ]; then \
-	    missing=$$(echo $$missing); \
-	    [ "$$(id -u)" = 0 ] || { echo "make setup: as root, please run: apt-get install $$missing" >&2; exit 1; }; \
-	    echo "setup: installing $$missing"; \
-	    export DEBIAN_FRONTEND=noninteractive; \
-	    apt-get update -qq; \
-	    apt-get install -y -qq --no-install-recommends $$missing > .apt.log 2>&1 || { cat .apt.log >&2; exit 1; }; \
-	    rm -f .apt.log; \
-	fi
+	@$(call install,$(PACKAGES))
 	@mkdir -p $(@D) && touch $@
+
+$(SYSTEM)-peers: Makefile $(SYSTEM)
+	@$(call install,$(PEERS))
+	@touch $@
+
+# Install those of the Debian packages $(1) that are missing; without root, say how.
+define install
+missing=$$(comm -23 <(printf '%s\n' $(1) | sort) \
+    <(dpkg-query -W -f '$${db:Status-Status} $${Package}\n' 2>/dev/null | sed -n 's/^installed //p' | sort -u)); \
+if [ -n "$$missing" ]; then \
+    missing=$$(echo $$missing); \
+    [ "$$(id -u)" = 0 ] || { echo "make setup: as root, please run: apt-get install $$missing" >&2; exit 1; }; \
+    echo "setup: installing $$missing"; \
+    export DEBIAN_FRONTEND=noninteractive; \
+    apt-get update -qq; \
+    apt-get install -y -qq --no-install-recommends $$missing > .apt.log 2>&1 || { cat .apt.log >&2; exit 1; }; \
+    rm -f .apt.log; \
+fi
+endef
 
 $(VENV)/.installed: pyproject.toml $(SYSTEM)
 	@echo 'setup: python environment in $(VENV)'
