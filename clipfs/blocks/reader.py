@@ -30,13 +30,13 @@ from clipfs.errors import ClipfsError
 DEFAULT_MEMORY = 64 << 20
 
 # Plans of one block's worth of addresses are remembered, for as many addresses as this times `BLOCK`: 256 MiB. Small
-# files make the largest plans, 32 pieces of 0.2 KB, so this stays below 16 MB and is usually below one.
-_PLANS = 2048
+# files make the largest plans, 16 pieces of 0.2 KB, so this stays below 16 MB and is usually below one.
+_PLANS = 4096
 _SHIFT = BLOCK.bit_length() - 1
 
-# Blocks that are decompressed on the loop rather than in a thread: each takes 0.08 ms, the way to a thread and back as
-# much, and a read of 128 KiB that is not aligned has two.
-_AT_ONCE = 2
+# Blocks that are decompressed on the loop rather than in a thread: each takes 0.04 ms, the way to a thread and back twice
+# as much, and a read of 128 KiB that is not aligned has three.
+_AT_ONCE = 3
 
 # Bytes that read-ahead goes ahead at most: 64 MiB/s at a round trip of a quarter of a second.
 _LARGEST_WINDOW = 16 << 20
@@ -77,6 +77,7 @@ class BlockReader:
         self._cache = MemoryCache(tiers.memory)
         self.flights = Flights(index.layers, fetcher, self._cache, self._disk, counters, self.journal)
         self._plans: dict[int, tuple[list[int], list[Piece]]] = {}
+        self._loading: dict[Key, trio.Event] = {}
         self._streams = Streams(min(_LARGEST_WINDOW, tiers.memory // _SHARE_AHEAD))
         #: The spans that readers needed, in the order in which they first did.
         self.wanted: dict[tuple[int, int], None] = {}
@@ -171,18 +172,42 @@ class BlockReader:
 
     async def _from_disk(self, disk: DiskCache, keys: list[Key], blocks: dict[Key, bytes]) -> list[Key]:
         """Take what the disk has into `blocks` and into memory. Returns the keys of what it has not."""
-        if len(keys) <= _AT_ONCE:
+        await self._loaded(keys)
+        found = {key: block for key in keys if (block := self._cache.get(key)) is not None}
+        rest = [key for key in keys if key not in found]
+        if len(rest) <= _AT_ONCE:
             try:
-                found = self._look_up(disk, keys, wait=False)
+                found |= self._keep(self._look_up(disk, rest, wait=False))
             except WouldWaitError:
-                found = await trio.to_thread.run_sync(self._look_up, disk, keys, limiter=self.flights.decoders)
+                found |= await self._load(disk, rest)
         else:
-            found = await trio.to_thread.run_sync(self._look_up, disk, keys, limiter=self.flights.decoders)
+            found |= await self._load(disk, rest)
+        blocks.update(found)
+        return [key for key in rest if key not in found]
+
+    async def _loaded(self, keys: list[Key]) -> None:
+        """Wait for those blocks that somebody else is loading from the disk."""
+        while events := {id(event): event for key in keys if (event := self._loading.get(key)) is not None}:
+            for event in events.values():
+                await event.wait()
+
+    async def _load(self, disk: DiskCache, keys: list[Key]) -> dict[Key, bytes]:
+        """In a thread, what the disk has of these; who wants the same meanwhile waits."""
+        done = trio.Event()
+        self._loading.update(dict.fromkeys(keys, done))
+        try:
+            return self._keep(await trio.to_thread.run_sync(self._look_up, disk, keys, limiter=self.flights.decoders))
+        finally:
+            for key in keys:
+                if self._loading.get(key) is done:
+                    del self._loading[key]
+            done.set()
+
+    def _keep(self, found: dict[Key, bytes]) -> dict[Key, bytes]:
         self.counters.from_disk(len(found))
         for key, block in found.items():
             self._cache.put(key, block)
-        blocks.update(found)
-        return [key for key in keys if key not in found]
+        return found
 
     def _look_up(self, disk: DiskCache, keys: list[Key], wait: bool = True) -> dict[Key, bytes]:
         found = {}
@@ -197,16 +222,20 @@ class BlockReader:
 
     async def _read_ahead(self, start: int, end: int) -> None:
         """Bring these addresses into memory. Errors are for those who will read there."""
-        spans: dict[tuple[int, int], None] = {}
         end = min(end, self._index.data_size)
-        for at in range(start, end, _STEP):
+        spans: dict[tuple[int, int], None] = {}
+
+        async def step(at: int) -> None:
             _, missing = self._in_memory(plan(self._index, at, min(_STEP, end - at)))
             if missing and self._disk is not None:
                 missing = await self._from_disk(self._disk, missing, {})
             spans.update(dict.fromkeys((layer, number) for layer, number, _ in missing))
-            await trio.lowlevel.checkpoint()
+
+        async with trio.open_nursery() as nursery:
+            for at in range(start, end, _STEP):
+                nursery.start_soon(step, at)
         try:
-            self.flights.board(spans, "ahead")
+            self.flights.board(sorted(spans), "ahead")
         except ClipfsError:
             return  # the image is being closed
 
