@@ -34,7 +34,7 @@ DEFAULT_MEMORY = 64 << 20
 _PLANS = 4096
 _SHIFT = BLOCK.bit_length() - 1
 
-# Blocks that are decompressed on the loop rather than in a thread: each takes 0.04 ms, the way to a thread and back twice
+# Blocks that are decompressed on the loop rather than in a thread: each takes 0.04 ms, a thread and back twice
 # as much, and a read of 128 KiB that is not aligned has three.
 _AT_ONCE = 3
 
