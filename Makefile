@@ -37,7 +37,7 @@ run: setup $(DEMO)/oci/index.json ## run a container from an image that is never
 
 demo: setup $(DEMO)/oci/index.json ## build the demo image in .cache/demo
 
-test: setup lint $(SYSTEM)-peers $(DEMO)/oci/index.json ## everything that must hold: ruff, mypy, pytest [ARGS=...]
+test: setup lint $(VENV)/.installed-bench $(SYSTEM)-peers $(DEMO)/oci/index.json ## everything that must hold: ruff, mypy, pytest [ARGS=...]
 	@$(VENV)/bin/pytest $(ARGS)
 
 lint: setup ## ruff and mypy

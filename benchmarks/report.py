@@ -19,9 +19,7 @@ All peers are measured in one run, in turns, each round beginning with another o
 Cells are medians with the lowest and highest round. Ratios are those of neighbours in time: the median, and the lowest
 and highest, of the rounds' ratios; above 1 clipfs is faster. Differences below a tenth count as none. Every reader is
 a process of its own, the same program for all peers, which have their default options: fio for random reads, else
-[reader.py](reader.py). Small requests are answered up to twice as fast where the scheduler happens to put reader and
-server on one core; the ranges show it, for squashfuse_ll too. Absolute numbers say as much about the machine as about
-the programs.
+[reader.py](reader.py). Absolute numbers say as much about the machine as about the programs.
 """
 
 
