@@ -47,6 +47,7 @@ ORDER = (
     "clipfs.blocks.store",
     "clipfs.blocks.disk",
     "clipfs.blocks.frames",
+    "clipfs.blocks.keeper",
     "clipfs.blocks.flight",
     "clipfs.blocks.flights",
     "clipfs.blocks.trace",

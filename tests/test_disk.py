@@ -96,7 +96,7 @@ class TestDamage:
             found = everything(fresh, digest, len(blocks))
             assert None in found, f"byte {at} was changed and nobody noticed"
             assert all(block in (None, right) for block, right in zip(found, blocks, strict=True))
-            assert fresh.dropped == 1
+            assert fresh.dropped == (0 if 8 <= at < 16 else 1), "another version is no damage"
             assert not stored.path.exists(), "what is damaged is dropped"
 
     @pytest.mark.parametrize("share", [0.0, 0.0001, 0.3, 0.999])

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from clipfs.blocks.store import DamagedError, Entry, WouldWaitError, pack
+from clipfs.blocks.store import DamagedError, Entry, OutdatedError, WouldWaitError, pack
 
 log = logging.getLogger(__name__)
 
@@ -108,8 +108,12 @@ class DiskCache:
         try:
             entry = self._entry(digest, wait)
             return None if entry is None else entry.read(number, wait=wait)
+        except OutdatedError:
+            self._remove(digest)
         except DamagedError:
-            self._drop(digest)
+            log.warning("dropped %s from the cache: it is damaged", self._path(digest))
+            self.dropped += 1
+            self._remove(digest)
         except OSError as error:
             self._complain(error)
         return None
@@ -144,11 +148,9 @@ class DiskCache:
                 self._open.popitem(last=False)
         return entry
 
-    def _drop(self, digest: bytes) -> None:
-        """Remove a damaged file. It is fetched again as if it had never been here."""
+    def _remove(self, digest: bytes) -> None:
+        """Remove a file. Its span is fetched again as if it had never been here."""
         path = self._path(digest)
-        log.warning("dropped %s from the cache: it is damaged", path)
-        self.dropped += 1
         with self._lock:
             self._open.pop(digest, None)
         with contextlib.suppress(OSError), self._total() as total:

@@ -21,6 +21,7 @@ from clipfs.blocks.disk import Claim, DiskCache
 from clipfs.blocks.flight import RANGE, Flight, SpanFetcher, neighbours
 from clipfs.blocks.frames import Frames
 from clipfs.blocks.journal import Journal
+from clipfs.blocks.keeper import Keeper
 from clipfs.blocks.plan import BLOCK, LayerView
 from clipfs.codec import decode
 from clipfs.errors import ClipfsError, IntegrityError, SourceError
@@ -56,7 +57,7 @@ class Flights:
         self._ranges_ahead = trio.CapacityLimiter(_RANGES_AHEAD)
         # zstandard, isal and hashlib let go of the interpreter while they work.
         self.decoders = trio.CapacityLimiter(max(2, min(os.cpu_count() or 1, 4)))
-        self._writers = trio.CapacityLimiter(2)
+        self._keeper = Keeper()
         self._waiters = trio.CapacityLimiter(64)
         self._nursery: trio.Nursery | None = None
         self._urgent = 0
@@ -65,6 +66,10 @@ class Flights:
 
     def start(self, nursery: trio.Nursery | None) -> None:
         self._nursery = nursery
+
+    def close(self) -> None:
+        """Write to the disk what is still to be written."""
+        self._keeper.close()
 
     async def calm(self) -> None:
         """Return when nobody waits for a span."""
@@ -179,7 +184,7 @@ class Flights:
         async with trio.open_nursery() as nursery:
             for flight in group:
                 data = view[flight.span.start - start : flight.span.end - start]
-                nursery.start_soon(self._decode, flight, data, claims.get(flight.number), why)
+                nursery.start_soon(self._decode, flight, data, claims, why)
 
     async def _fetch(self, group: list[Flight], start: int, end: int, why: str) -> bytes:
         layer, began = group[0].layer, time.monotonic()
@@ -190,7 +195,7 @@ class Flights:
         self._journal.fetched(layer, group[0].number, group[-1].number, len(data), time.monotonic() - began, why)
         return data
 
-    async def _decode(self, flight: Flight, data: memoryview, claim: Claim | None, why: str) -> None:
+    async def _decode(self, flight: Flight, data: memoryview, claims: dict[int, Claim], why: str) -> None:
         try:
             try:
                 blocks = await self._decoded(flight, data)
@@ -203,8 +208,8 @@ class Flights:
             self._end([flight], error)
             return
         self._land(flight, blocks)
-        if claim is not None:
-            await trio.to_thread.run_sync(claim.keep, blocks, limiter=self._writers)
+        if flight.number in claims:
+            await self._keeper.keep(claims.pop(flight.number), blocks)
 
     def _distrust(self, layer: int, number: int, error: IntegrityError) -> None:
         self._counters.refetched()
@@ -236,7 +241,7 @@ class Flights:
                     continue
                 for number, blocks in found:
                     self._counters.decoded()
-                    await self._passed(layer, number, blocks, claims.get(number))
+                    await self._passed(layer, number, blocks, claims.pop(number, None))
 
     async def _passed(self, layer: int, number: int, blocks: list[bytes], claim: Claim | None) -> None:
         flight = self._flights.get((layer, number))
@@ -245,7 +250,7 @@ class Flights:
         if self._disk is not None:
             claim = claim or self._disk.claim(self._layers[layer].spans.digest(number))
             if claim is not None:
-                await trio.to_thread.run_sync(claim.keep, blocks, limiter=self._writers)
+                await self._keeper.keep(claim, blocks)
         elif flight is None:
             self._remember(layer, number, blocks)
 

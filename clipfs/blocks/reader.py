@@ -97,6 +97,7 @@ class BlockReader:
         if nursery is not None:
             nursery.cancel_scope.cancel()
             await self._manager.__aexit__(None, None, None)
+        self.flights.close()
         self.journal.close()
 
     def try_read(self, address: int, length: int) -> bytes | None:

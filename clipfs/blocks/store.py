@@ -40,6 +40,10 @@ class DamagedError(Exception):
     """The file is not what was written."""
 
 
+class OutdatedError(DamagedError):
+    """The file is of another version of clipfs, with other blocks."""
+
+
 class WouldWaitError(Exception):
     """The bytes are not in the page cache, and the caller does not want to wait for the disk."""
 
@@ -69,7 +73,9 @@ class Entry:
         if len(head) < _HEAD.size:
             raise DamagedError
         magic, version, block, self.length, found = _HEAD.unpack(head)
-        if (magic, version, block, found) != (_MAGIC, _VERSION, BLOCK, digest) or self.length > _MAX_BLOCKS * BLOCK:
+        if magic == _MAGIC and (version, block) != (_VERSION, BLOCK):
+            raise OutdatedError
+        if (magic, found) != (_MAGIC, digest) or self.length > _MAX_BLOCKS * BLOCK:
             raise DamagedError
         count = -(-self.length // BLOCK)
         table = os.pread(descriptor, count * _ROW.size + _CRC.size, _HEAD.size)
