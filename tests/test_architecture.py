@@ -69,6 +69,7 @@ ORDER = (
     "clipfs.builder",
     "clipfs.extractor",
     "clipfs.fs",
+    "clipfs.loop",
     "clipfs.session",
     "clipfs.daemon",
     "clipfs.mounter",
@@ -126,7 +127,7 @@ def test_who_knows_whom() -> None:
         if name.startswith("clipfs.sources"):
             assert not {"clipfs.index", "clipfs.erofs"} & known, f"{name}: sources know digests, never inodes"
         if "pyfuse3" in known:
-            assert name in ("clipfs.fs", "clipfs.session"), f"{name}: FUSE is an adapter's business"
+            assert name in ("clipfs.fs", "clipfs.loop", "clipfs.session"), f"{name}: FUSE is an adapter's business"
         if "httpx2" in known:
             assert name in ("clipfs.sources.transport", "clipfs.sources.registry"), f"{name}: there is one HTTP client"
 
