@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from assembler.container import Container
 from assembler.errors import RunError
+from assembler.events import Events
 from assembler.gc import gc
 from assembler.options import RunOptions, Volume
 from assembler.overlay import ContainerOverlay
@@ -24,6 +25,7 @@ __all__ = [
     "REQUIRED",
     "Container",
     "ContainerOverlay",
+    "Events",
     "RunError",
     "RunOptions",
     "Volume",

@@ -1,8 +1,9 @@
 """A container's directory ``base/<id>``, which is also an OCI bundle, and how one can tell that its owner lives.
 
-Whoever runs a container holds a lock on ``base/<id>/lock``. The kernel lets go of it when the process ends, however it
-ends; so what is not locked is either kept on purpose (a file ``kept`` says so) or debris. ``base/.lock`` is held while
-directories come and go, so that nobody takes one that is just being made for one that was left.
+Whoever runs a container holds a lock on ``base/<id>/clipfs.lock``. The kernel lets go of it when the process ends,
+however it ends; so what is not locked is either kept on purpose (a file ``kept`` says so) or debris. A directory
+without that file is not ours and never touched, whatever somebody names as base. ``base/.clipfs.lock`` is held while
+directories come and go, and they come with a rename, so that nobody takes one that is being made for one that was left.
 
 Knows neither overlays nor runtimes, except that the latter keep their state in ``base/<id>/runtime``.
 """
@@ -21,7 +22,8 @@ from typing import Any, Self
 import clipfs
 from assembler import names
 
-_LOCK, _KEPT, _RECORD = "lock", "kept", "runtime.json"
+_LOCK, _KEPT, _RECORD = "clipfs.lock", "kept", "runtime.json"
+_BASE_LOCK, _NEW = ".clipfs.lock", ".clipfs.new"
 
 
 class Container:
@@ -33,6 +35,7 @@ class Container:
         self.path = base / container_id
         self.keep = False
         self._lock: int | None = lock
+        self._given_up = False
 
     @classmethod
     def create(cls, base: Path, name: str | None = None) -> Self:
@@ -42,15 +45,19 @@ class Container:
             base.mkdir(parents=True, exist_ok=True, mode=0o700)
             base = base.resolve()
             with _locked(base):
-                (base / container_id).mkdir(mode=0o700)
-                lock = os.open(base / container_id / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+                if os.path.lexists(base / container_id):
+                    raise clipfs.UsageError(
+                        f"there is a container {container_id} already; "
+                        f"remove {base / container_id} or choose another name"
+                    )
+                # There may be one whose maker was killed.
+                names.remove_tree(base / _NEW)
+                (base / _NEW).mkdir(mode=0o700)
+                lock = os.open(base / _NEW / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
                 fcntl.flock(lock, fcntl.LOCK_EX)
-        except FileExistsError:
-            raise clipfs.UsageError(
-                f"there is a container {container_id} already; remove {base / container_id} or choose another name"
-            ) from None
+                (base / _NEW).rename(base / container_id)
         except OSError as error:
-            raise clipfs.MountError(f"cannot make a directory for the container: {error}") from error
+            raise clipfs.MountError(f"cannot keep containers in {base}: {error.strerror}") from error
         return cls(base, container_id, lock)
 
     @classmethod
@@ -59,8 +66,11 @@ class Container:
         if not base.is_dir():
             return
         base = base.resolve()
+        if (base / _NEW).exists():
+            with _locked(base):
+                names.remove_tree(base / _NEW)
         for entry in sorted(base.iterdir()):
-            if not entry.is_dir() or entry.is_symlink() or entry.name.startswith("."):
+            if entry.is_symlink() or entry.name.startswith("."):
                 continue
             with _locked(base):
                 lock = _try_lock(entry / _LOCK)
@@ -87,15 +97,16 @@ class Container:
         _write_json(self.path / _RECORD, {"runtime": runtime})
 
     def recorded_runtime(self) -> str | None:
-        """What `record` noted, None if it never came to that."""
+        """What `record` noted, None if it never came to that. MountError if somebody has spoilt it since."""
         try:
-            noted = json.loads((self.path / _RECORD).read_bytes())
+            return str(json.loads((self.path / _RECORD).read_bytes())["runtime"])
         except FileNotFoundError:
             return None
-        return str(noted["runtime"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise clipfs.MountError(f"{self.path / _RECORD} is damaged, so its runtime is not known") from error
 
     def write_config(self, spec: dict[str, Any]) -> None:
-        """The runtime spec, as the bundle's config."""
+        """The runtime spec, as the bundle's config. UsageError if it has bytes that are no text."""
         _write_json(self.path / "config.json", spec)
 
     def close(self) -> None:
@@ -103,7 +114,9 @@ class Container:
         if self._lock is None:
             return
         try:
-            if self.keep:
+            if self._given_up:
+                pass
+            elif self.keep:
                 (self.path / _KEPT).touch()
             else:
                 # The lock goes last, while nobody else looks: until then this can be recognised as what it is.
@@ -112,6 +125,10 @@ class Container:
                     names.remove_tree(self.path)
         finally:
             self.release()
+
+    def give_up(self) -> None:
+        """Leave it to `gc` instead of removing it: what is there yet is needed to remove the rest."""
+        self._given_up = True
 
     def release(self) -> None:
         """Let go of it as it is; unless it was to be kept, it is debris now."""
@@ -131,7 +148,7 @@ class Container:
 @contextlib.contextmanager
 def _locked(base: Path) -> Iterator[None]:
     """The right to make and remove containers below `base`; held for a few system calls at a time."""
-    fd = os.open(base / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fd = os.open(base / _BASE_LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
@@ -140,11 +157,10 @@ def _locked(base: Path) -> Iterator[None]:
 
 
 def _try_lock(path: Path) -> int | None:
-    """The lock, if its owner has let go of it."""
+    """The lock, if there is one and its owner has let go of it."""
     try:
-        # Made here if its owner was killed before it could.
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    except FileNotFoundError:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,5 +173,10 @@ def _try_lock(path: Path) -> int | None:
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     # Aside and renamed: a reader finds all of it or nothing.
     aside = path.with_name(f".{path.name}.new")
-    aside.write_text(json.dumps(value, indent=1))
+    try:
+        aside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    except UnicodeEncodeError as error:
+        # Runtimes would put U+FFFD in their place, in silence.
+        text = error.object[: error.end].rpartition('"')[2]
+        raise clipfs.UsageError(f"a container can only be told what is UTF-8, and this is not: {text!a}") from None
     aside.rename(path)

@@ -37,6 +37,9 @@ def gc(base: Path, *, kept: bool = False) -> list[str]:
 def _end(container: Container) -> None:
     """The way back from wherever its owner was killed: process, overlay, the lower's mount, a kept upper's work."""
     if (runtime := recorded(container)) is not None:
+        # Its owner may have been killed in the middle of a call, which goes on without it.
+        _log.info("waiting for the runtime of container_id=%s", container.id)
+        runtime.settle()
         runtime.delete()
     # Unmounting a FUSE lower also ends the process that serves it.
     for place in kernel.mounts_below(container.path):

@@ -11,7 +11,9 @@ import ctypes
 import errno
 import os
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +30,9 @@ _MOVE_MOUNT_F_EMPTY_PATH = 4
 _AT_FDCWD = -100
 _MS_NODEV = 4
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
+_PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
+
+_ADOPTING = threading.Lock()
 
 # fsconfig(2) takes strings of up to 255 bytes; a longer path is named by its descriptor.
 _MAX_VALUE = 255
@@ -74,10 +79,21 @@ def unmount(path: Path | str) -> bool:
     raise clipfs.MountError(f"cannot unmount {path}: {os.strerror(ctypes.get_errno())}")
 
 
-def become_subreaper() -> None:
-    """Orphans below this process become its children from now on: it can wait for a container's first process."""
-    pr_set_child_subreaper = 36
-    _call("prctl", pr_set_child_subreaper, 1, 0, 0, 0)
+@contextmanager
+def adopting_orphans() -> Iterator[None]:
+    """Orphans below this process become its children meanwhile: so it can wait for what a program left running.
+
+    It is an attribute of the whole process, so one thread does this at a time, and it is as before afterwards: nobody
+    else expects to have to wait for strangers.
+    """
+    with _ADOPTING:
+        before = ctypes.c_int()
+        _call("prctl", _PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
+        _call("prctl", _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        try:
+            yield
+        finally:
+            _call("prctl", _PR_SET_CHILD_SUBREAPER, before.value, 0, 0, 0)
 
 
 def mounts_below(path: Path) -> list[str]:

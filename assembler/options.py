@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import clipfs
+
+_MAX_HOSTNAME = 64  # HOST_NAME_MAX of Linux
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +26,8 @@ class Volume:
     def parse(cls, text: str) -> Volume:
         """``SRC:DST[:ro|rw]``, the source absolute or relative to the working directory."""
         source, _, rest = text.partition(":")
-        destination, _, mode = rest.partition(":")
-        if not source or not destination.startswith("/") or mode not in ("", "ro", "rw"):
+        destination, colon, mode = rest.partition(":")
+        if not source or not destination.startswith("/") or (colon and mode not in ("ro", "rw")):
             raise clipfs.UsageError(f"a volume is given as SRC:/DST or SRC:/DST:ro, not '{text}'")
         return cls(Path(source).absolute(), destination, mode == "ro")
 
@@ -66,14 +70,23 @@ class RunOptions:
     environ: Mapping[str, str] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        for what, path in (("working directory", self.workdir), *(("tmpfs", each) for each in self.tmpfs)):
-            if path is not None and not path.startswith("/"):
+        mounted = [("tmpfs", each.partition(":")[0]) for each in self.tmpfs]
+        mounted += [("volume", each.destination) for each in self.volumes]
+        for what, path in (("working directory", "/" if self.workdir is None else self.workdir), *mounted):
+            if not path.startswith("/"):
                 raise clipfs.UsageError(f"a {what} is an absolute path inside the container, not '{path}'")
+        for what, path in mounted:
+            if posixpath.normpath(path).strip("/") == "":
+                raise clipfs.UsageError(f"a {what} lies below the root of the container, it cannot replace it")
+        if "" in self.required:
+            raise clipfs.UsageError("a directory that shall exist needs a name")
+        if self.hostname is not None and len(os.fsencode(self.hostname)) > _MAX_HOSTNAME:
+            raise clipfs.UsageError(f"a host name has at most {_MAX_HOSTNAME} bytes")
         if self.network not in ("host", "none"):
             raise clipfs.UsageError(f"a network is 'host' or 'none', not '{self.network}'")
-        # runc's own lower bound for the period's share is 1 ms of 100.
-        if self.cpus is not None and not self.cpus >= 0.01:
-            raise clipfs.UsageError(f"a container needs at least 0.01 CPUs, not {self.cpus}")
+        # runc's own lower bound for the period's share is 1 ms of 100; no Linux has more than 8192 processors.
+        if self.cpus is not None and not 0.01 <= self.cpus <= 8192:
+            raise clipfs.UsageError(f"a container needs at least 0.01 CPUs and at most 8192, not {self.cpus}")
         # The kernel starts nothing in less; the limit is docker's and podman's too.
         if self.memory is not None and self.memory < 6 << 20:
             raise clipfs.UsageError(f"a container needs at least 6 MiB of memory, not {self.memory} bytes")

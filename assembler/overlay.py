@@ -116,6 +116,8 @@ class ContainerOverlay:
         return self._kept_directories(self._kept, undo)
 
     def _kept_directories(self, upper: Path, undo: ExitStack) -> Path:
+        if upper.exists() and not upper.is_dir():
+            raise clipfs.UsageError(f"what the container writes needs a directory, and {upper} is none")
         upper.mkdir(parents=True, exist_ok=True)
         lock = os.open(upper, os.O_RDONLY | os.O_DIRECTORY)
         undo.callback(os.close, lock)
@@ -159,6 +161,8 @@ class ContainerOverlay:
         if error.errno == errno.ENODEV:
             return clipfs.MountError("this kernel has no overlayfs; try `modprobe overlay`")
         hint = ""
+        if error.errno == errno.ELOOP:
+            hint = "; none of them may lie in another one"
         if error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EROFS):
             hint = (
                 f"; its upper {self.upper} is on {_fstype(self.upper)}: it has to be writable, on one mount with its "

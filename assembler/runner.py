@@ -41,12 +41,13 @@ def run(
     on_started: Callable[[int], None] = lambda _: None,
 ) -> int:
     """Reserve a container below `base`, run it, and clean up; see `run_in`."""
-    with Container.create(base, options.name) as container:
-        return run_in(container, lower, config, options, archive=archive, on_started=on_started)
+    with Events() as events, Container.create(base, options.name) as container:
+        return run_in(container, events, lower, config, options, archive=archive, on_started=on_started)
 
 
 def run_in(
     container: Container,
+    events: Events,
     lower: Path | Sequence[Path],
     config: clipfs.ImageConfig,
     options: RunOptions,
@@ -57,24 +58,25 @@ def run_in(
     """Run a command over `lower` (or several, topmost first) and return its exit code, 128 + n if signal n ended it.
 
     lower: a root file system that is not written to: archive "v2 (OCI)" if a ClipFS serves it, "v1" if it was unpacked.
+    events: entered before there is anything to take down, and left afterwards. A signal that comes before the command
+    runs ends it all, later ones go to the command, and those that come while things are taken down are too late.
     on_started is called with the first process's pid once it runs.
 
     RunError with podman's exit code if it could not be started, other ClipfsErrors if the options or the image do not
-    fit; in any case mounts, cgroups and processes are gone. Signals (see `events`) go to the command meanwhile. This
-    process becomes the reaper of orphans below it, or it could not wait for the command, and stays one.
+    fit; in any case mounts, cgroups and processes are gone.
     """
     _log.info("detected %s archive format", archive)
     if os.geteuid() != 0:
         raise RunError("only root can run containers: it takes mounts and cgroups")
-    command(config, options)
+    words = command(config, options)
     runtime = Runtime(options.runtime, container)
     required = required_directories(config, options)
     overlay = ContainerOverlay(container.id, lower, container.base, required, upper=options.upper)
-    with Events() as events, overlay:
+    with overlay:
         container.write_config(runtime_spec(config, options, overlay.merged, container.id))
         container.record(runtime.program)
         streams = Stdio(container.path, interactive=options.interactive, terminal=options.tty, on_end=events.post)
-        with streams, _created(runtime, streams) as process:
+        with streams, _created(container, runtime, streams, words[0]) as process:
             code = process.begin(events)
             if code is None:
                 _log.info("container is now running container_id=%s", container.id)
@@ -85,18 +87,29 @@ def run_in(
 
 
 @contextlib.contextmanager
-def _created(runtime: Runtime, streams: Stdio) -> Iterator[_Process]:
+def _created(container: Container, runtime: Runtime, streams: Stdio, program: str) -> Iterator[_Process]:
     """The container's first process, not yet started; in the end it is dead and the runtime has forgotten it."""
-    kernel.become_subreaper()
     try:
-        process = _Process(runtime, runtime.create(streams))
+        try:
+            with kernel.adopting_orphans():
+                pid = runtime.create(streams)
+        except RunError as error:
+            if error.exit_code == RunError.FAILED or program in str(error):
+                raise
+            raise RunError(f"cannot execute {program}: {error}", error.exit_code) from error
+        process = _Process(runtime, pid)
         try:
             streams.connect()
             yield process
         finally:
             process.close()
     finally:
-        runtime.delete()
+        try:
+            runtime.delete()
+        except BaseException:
+            # Only the runtime knows what is left, and only as long as its state is there.
+            container.give_up()
+            raise
 
 
 class _Process:
@@ -106,6 +119,7 @@ class _Process:
         self.pid = pid
         self._runtime = runtime
         self._pidfd = os.pidfd_open(pid)
+        self._runtime_program = _program(pid)
         self._code: int | None = None
         self._killed_for: int | None = None
 
@@ -157,10 +171,16 @@ class _Process:
         """Send a signal that has the effect it would have outside.
 
         The kernel drops what the first process of a pid namespace has no handler for; so where the default is to end,
-        we end it.
+        we end it. So we do in the moment when it is still the runtime, which has handlers but not the command's.
         """
-        signal.pidfd_send_signal(self._pidfd, number)
-        if number in _ENDING and _is_default(self.pid, number):
+        if number not in _ENDING:
+            signal.pidfd_send_signal(self._pidfd, number)
+            return
+        handled = _program(self.pid) != self._runtime_program
+        if handled:
+            signal.pidfd_send_signal(self._pidfd, number)
+            handled = not _is_default(self.pid, number)
+        if not handled:
             self._killed_for = number
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
@@ -172,6 +192,15 @@ _ENDING = frozenset(
         signal.SIGABRT, *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
     }
 )  # fmt: skip
+
+
+def _program(pid: int) -> tuple[int, int] | None:
+    """The file that a process executes; None if it has ended."""
+    try:
+        info = os.stat(f"/proc/{pid}/exe")
+    except FileNotFoundError:
+        return None
+    return info.st_dev, info.st_ino
 
 
 def _is_default(pid: int, number: int) -> bool:

@@ -1,5 +1,8 @@
 """runc and crun as a command line: make, start and delete one container.
 
+A call holds a lock until the runtime has ended, even if whoever called it is killed meanwhile: so that others can wait
+until there is no more coming before they clean up.
+
 Two steps instead of one `run`, because a container that was created is known to be startable, and `start` returns when
 it has started: nobody has to guess. Does not know what the container is or who waits for it.
 """
@@ -26,6 +29,9 @@ _WITHOUT_HYBRID = (
     "sh", "-c", f'umount -l {_HYBRID} && exec "$@"', "sh",
 )  # fmt: skip
 
+# A runtime's call takes some 20 ms; on a machine without memory or disk to spare, seconds.
+_SETTLE_SECONDS = 60
+
 # Variables by which whoever started us speaks to us. A runtime would take them to itself, or pass them on.
 _ENVIRONMENT = ("PATH", "XDG_RUNTIME_DIR")
 
@@ -41,6 +47,7 @@ class Runtime:
         self.program = str(Path(found).absolute())
         self._container = container
         self._log = container.path / "runtime.log"
+        self._lock = container.path / "runtime.lock"
 
     def create(self, stdio: Stdio) -> int:
         """Make the container of the bundle's config; its first process, whose pid is returned, waits for `start`."""
@@ -55,16 +62,21 @@ class Runtime:
         """Let the first process execute the command."""
         self._call("start")
 
+    def settle(self) -> None:
+        """Wait until no call is under way, of whoever. RunError if one takes too long."""
+        waited = subprocess.run(["flock", "--timeout", str(_SETTLE_SECONDS), self._lock, "true"], check=False)
+        if waited.returncode:
+            raise RunError(f"{self.program} is still at work on {self._container.id}; try again later")
+
     def delete(self) -> None:
         """Kill what runs, and remove cgroups and state. A container that was never made is fine."""
         if (self._container.runtime_state / self._container.id).exists():
             self._call("delete", "--force")
 
     def _call(self, verb: str, *options: str, stdio: tuple[int, int, int] | None = None) -> None:
-        command = [
-            *self._wrapper(), self.program, "--root", str(self._container.runtime_state),
-            "--log", str(self._log), "--log-format", "json", verb, *options, self._container.id,
-        ]  # fmt: skip
+        state, log = str(self._container.runtime_state), str(self._log)
+        command = ["flock", "--close", str(self._lock), *self._wrapper(), self.program]
+        command += ["--root", state, "--log", log, "--log-format", "json", verb, *options, self._container.id]
         streams: Any = stdio or (subprocess.DEVNULL,) * 3
         self._log.unlink(missing_ok=True)
         # A session of its own: keys pressed at our terminal are for the container, not for what makes it.
@@ -96,9 +108,9 @@ class Runtime:
         # Their sentences are all that tells these apart; docker and podman read them the same way.
         if re.search(r"executable file.*not found|exec.*no such file", said, re.IGNORECASE):
             return RunError(said, RunError.NOT_FOUND)
-        if re.search(r"exec.*(permission denied|is a directory|format error)", said, re.IGNORECASE):
+        if re.search(r"exec.*(permission denied|not permitted|is a directory|format error)", said, re.IGNORECASE):
             return RunError(said, RunError.NOT_EXECUTABLE)
-        return RunError(f"{name}: {said}")
+        return RunError(said if said.startswith(name) else f"{name}: {said}")
 
 
 def recorded(container: Container) -> Runtime | None:

@@ -18,7 +18,6 @@ import assembler
 from clipfs import mounter
 from clipfs.cli.mounts import mount_options
 from clipfs.cli.options import clip_of, containers_dir
-from clipfs.cli.progress import size
 from clipfs.errors import UsageError
 from clipfs.index import Index
 from clipfs.oci import ImageConfig
@@ -119,6 +118,9 @@ def _env_file(path: Path) -> list[str]:
 
 
 def _report(first_output: float | None, fetched: int, total: int) -> None:
+    # Late: it brings what makes indexes, and trio with that.
+    from clipfs.cli.progress import size
+
     share = fetched / total if total else 0.0
     when = "no output" if first_output is None else f"first output after {first_output:.2f} s"
     print(
