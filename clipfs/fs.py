@@ -34,6 +34,9 @@ T = TypeVar("T")
 # Seconds that the kernel may believe us; 68 years, the most that fits where such numbers become 32-bit jiffies.
 _FOR_EVER = 2**31 - 1
 
+# As on a disk. FUSE itself lets a kilobyte through.
+_MAX_NAME = 255
+
 # Entries kept before a lookup table starts over. Attributes cost 0.4 KB each; the kernel keeps its own for ever, so
 # these only serve hard links and what a listing is asked again for.
 _REMEMBERED = 4096
@@ -96,6 +99,8 @@ class ClipFS(pyfuse3.Operations):
 
     @_answer
     def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        if len(name) > _MAX_NAME:
+            raise FUSEError(errno.ENAMETOOLONG)
         nid = self._index.lookup(self._nid(parent_inode), name)
         return self._attributes_of(nid) if nid else self._absent
 
@@ -130,7 +135,7 @@ class ClipFS(pyfuse3.Operations):
         data.f_bsize = data.f_frsize = 4096
         data.f_blocks = self._index.data_size // 4096
         data.f_files = self._index.inodes
-        data.f_namemax = 255
+        data.f_namemax = _MAX_NAME
         return data
 
     # --- directories

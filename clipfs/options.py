@@ -14,7 +14,7 @@ from clipfs.errors import UsageError
 # What mount(8), systemd and fstab put on the line for their own use, and what changes nothing on a read-only tree.
 _IGNORED = frozenset(
     (
-        *("defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail", "_netdev", "_rnetdev"),
+        *("defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "_netdev", "_rnetdev"),
         *("async", "sync", "dirsync", "silent", "loud", "lazytime", "nolazytime", "diratime", "nodiratime"),
         *("atime", "noatime", "relatime", "norelatime", "strictatime", "nostrictatime", "default_permissions"),
     )
@@ -33,8 +33,11 @@ class MountOptions:
     cache: bytes of decoded data kept in memory. cache_dir: where it is kept on disk, None for this user's usual place;
     cache_size: how many bytes of it, None for a tenth of that disk, 0 for none; cache_compression: by zstd.
     prefetch: what to fetch before it is asked for: ``trace`` (what earlier mounts of the image needed), ``all``,
-    ``none``, or a file with a trace. log: a file for what the serving process has to say.
+    ``none``, or a file with a trace. log: a file for what the serving process has to say; log_format: text, or json for
+    a JSON object a line. report: a file for what the mount has done, written at its end (see `report`). metrics:
+    HOST:PORT where counters are served in Prometheus' format.
     suid, dev: honour setuid bits and device nodes in this mount itself; an overlay on top of it goes by its own flags.
+    name: what the table of mounts calls it, None for the path of the .clip.
     """
 
     allow_other: bool | None = None
@@ -44,9 +47,13 @@ class MountOptions:
     cache_compression: bool = True
     prefetch: str = "trace"
     log: Path | None = None
+    log_format: str = "text"
+    report: Path | None = None
+    metrics: str | None = None
     suid: bool = False
     dev: bool = False
     noexec: bool = False
+    name: str | None = None
     source: str | None = None
     authfile: Path | None = None
     ca: Path | None = None
@@ -60,6 +67,9 @@ _FLAGS: dict[str, tuple[str, bool]] = {
     "suid": ("suid", True),
     "nosuid": ("suid", False),
     "dev": ("dev", True),
+    # mount(8) takes suid and dev for what is so anyway, and never hands them on.
+    "allow_suid": ("suid", True),
+    "allow_dev": ("dev", True),
     "nodev": ("dev", False),
     "noexec": ("noexec", True),
     "exec": ("noexec", False),
@@ -72,6 +82,9 @@ _VALUES: dict[str, Callable[[str], object]] = {
     "cache-compression": lambda text: compression(text),
     "prefetch": lambda text: prefetch(text),
     "log": lambda text: Path(text).absolute(),
+    "log-format": lambda text: log_format(text),
+    "report": lambda text: report_path(text),
+    "metrics": lambda text: endpoint(text),
     "source": str,
     "authfile": lambda text: Path(text).absolute(),
     "ca": lambda text: Path(text).absolute(),
@@ -85,16 +98,19 @@ class Parsed:
     options: MountOptions
     remount: bool
     writable: bool  # the last of ro and rw was rw; nothing said counts as ro
+    nofail: bool  # what does not exist is no error
 
 
 def parse(text: str, *, sloppy: bool = False) -> Parsed:
     """``ro,allow_other,cache=64M,…``. UsageError for an unknown option, unless `sloppy` (mount -s)."""
     fields: dict[str, object] = {}
-    remount = writable = False
+    remount = writable = nofail = False
     for word in filter(None, (word.strip() for word in text.split(","))):
         name, equals, value = word.partition("=")
         if word == "remount":
             remount = True
+        elif word == "nofail":
+            nofail = True
         elif word in _FLAGS:
             field, setting = _FLAGS[word]
             fields[field] = setting
@@ -107,7 +123,7 @@ def parse(text: str, *, sloppy: bool = False) -> Parsed:
         elif not (word in _IGNORED or name in _IGNORED_KEYS or name.lower().startswith("x-") or sloppy):
             known = ", ".join(sorted([*_FLAGS, *(f"{key}=" for key in _VALUES), "ro", "remount"]))
             raise UsageError(f"unknown mount option '{word}'; there are {known}, and those of mount(8) itself")
-    return Parsed(MountOptions(**fields), remount, writable)  # type: ignore[arg-type]
+    return Parsed(MountOptions(**fields), remount, writable, nofail)  # type: ignore[arg-type]
 
 
 def compression(text: str) -> bool:
@@ -115,6 +131,31 @@ def compression(text: str) -> bool:
     if text not in ("zstd", "none"):
         raise UsageError(f"cache-compression is zstd or none, not '{text}'")
     return text == "zstd"
+
+
+def log_format(text: str) -> str:
+    """``text`` or ``json``."""
+    if text not in ("text", "json"):
+        raise UsageError(f"log-format is text or json, not '{text}'")
+    return text
+
+
+def report_path(text: str) -> Path:
+    """A file to be written later, made absolute; it must be possible."""
+    path = Path(text).absolute()
+    if path.is_dir():
+        raise UsageError(f"cannot write a report to {path}: it is a directory")
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot write a report to {path}: there is no directory {path.parent}")
+    return path
+
+
+def endpoint(text: str) -> str:
+    """``PORT``, ``:PORT`` or ``HOST:PORT`` as the last; who names no host means this machine."""
+    host, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdecimal() and int(port) < 1 << 16):
+        raise UsageError(f"metrics are served at HOST:PORT, such as 127.0.0.1:9464, not at '{text}'")
+    return f"{host or '127.0.0.1'}:{port}"
 
 
 def prefetch(text: str) -> str:

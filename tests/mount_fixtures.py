@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 import clipfs
-from clipfs import mountinfo, state
-from tests.mounts import ended, files, small_image
+from clipfs import mountinfo
+from tests.mounts import ended, files, settled, small_image
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,7 @@ def runtime(tmp_path: Path, public: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setenv("CLIPFS_STATE", str(directory))
     monkeypatch.setenv("CLIPFS_CACHE", str(tmp_path / "cache"))
     yield directory
-    left = state.records()
+    left = settled()
     for record in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(record.process.pid, signal.SIGKILL)

@@ -11,6 +11,7 @@ import stat
 import subprocess
 from pathlib import Path
 
+from clipfs import mountinfo, state
 from tests.images import LayoutBuilder
 from tests.tars import Tar
 
@@ -53,6 +54,15 @@ def ended(pid: int) -> bool:
         return bool(select.select([descriptor], [], [], SECONDS)[0])
     finally:
         os.close(descriptor)
+
+
+def settled() -> list[state.MountRecord]:
+    """Wait for processes whose mount is gone, which umount(8) does not do; the records of all others."""
+    mounted = {entry.device for entry in mountinfo.entries()}
+    for record in state.records():
+        if record.device not in mounted:
+            ended(record.process.pid)
+    return state.records()
 
 
 def run(

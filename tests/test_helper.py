@@ -1,11 +1,7 @@
-"""``mount.clipfs``: options, command line and exit codes by direct calls, and mount(8) itself in a namespace."""
+"""``mount.clipfs`` by direct calls: options, command line and exit codes."""
 
 from __future__ import annotations
 
-import os
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +10,8 @@ import clipfs
 from clipfs import MountOptions, UsageError, mountinfo
 from clipfs.cli import helper
 from clipfs.options import byte_count, parse
-from tests.mounts import files, run
 
 pytest_plugins = ("tests.mount_fixtures",)
-
-REPOSITORY = Path(__file__).parent.parent
 
 
 # --- options
@@ -137,101 +130,3 @@ def test_an_image_name_is_indexed_first(image: str, mountpoint: Path, capsys: py
         assert str(mountpoint) in capsys.readouterr().out
     finally:
         clipfs.unmount(mountpoint)
-
-
-# --- started by mount(8)
-
-# Our helpers in /sbin, which is where mount(8) looks, of a mount namespace that ends with the script.
-PREAMBLE = """
-set -e
-mkdir "$1/sbin" "$1/upper" "$1/work"
-for name in mount.clipfs mount.fuse.clipfs; do
-    printf '#!/bin/sh\\nexec %s -m clipfs.cli.helper "$@"\\n' "$2" > "$1/sbin/$name"
-    chmod +x "$1/sbin/$name"
-done
-mount -t overlay sbin -o "lowerdir=$1/sbin:/usr/sbin" /usr/sbin
-cd "$1"
-set +e
-"""
-
-
-def in_namespace(directory: Path, script: str) -> subprocess.CompletedProcess[str]:
-    """Run a shell script with our helpers in /sbin; it starts in `directory`."""
-    command = ("unshare", "--mount", "sh", "-c", PREAMBLE + script, "sh", directory, sys.executable)
-    return run(*command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
-
-
-@pytest.mark.usefixtures("runtime")
-@pytest.mark.parametrize("fstype", ["clipfs", "fuse.clipfs"])
-def test_mount_finds_us(clip: Path, tmp_path: Path, runtime: Path, fstype: str) -> None:
-    (tmp_path / "mnt").mkdir()
-    (tmp_path / "small.clip").symlink_to(clip)
-    done = in_namespace(
-        tmp_path,
-        f"""
-        mount -t {fstype} small.clip mnt -o ro,allow_other,cache=8M,log=log || exit
-        cat mnt/hello; findmnt -no FSTYPE mnt
-        mount -o remount,ro mnt; echo $?
-        mount -o remount,noatime mnt; echo $?
-        mount -o remount,rw mnt 2>&1 | grep -c read-only
-        umount mnt; echo $? $(ls mnt | wc -l)
-        """,
-    )
-    assert done.stderr == ""
-    assert done.stdout.split() == ["hello", "fuse.clipfs", "0", "0", "1", "0", "0"]
-    assert " serving " in (tmp_path / "log").read_text()
-    assert files(runtime) == []
-
-
-@pytest.mark.usefixtures("runtime")
-def test_a_line_of_fstab(clip: Path, tmp_path: Path) -> None:
-    (tmp_path / "mnt").mkdir()
-    (tmp_path / "small.clip").symlink_to(clip)
-    options = "ro,_netdev,nofail,noatime,x-systemd.automount,x-systemd.idle-timeout=60,cache=8M"
-    line = f"{tmp_path}/small.clip {tmp_path}/mnt clipfs {options} 0 0\n"
-    (tmp_path / "fstab").write_text(line)
-    done = in_namespace(
-        tmp_path,
-        """
-        mount -T fstab "$1/mnt" || exit
-        cat mnt/hello
-        umount mnt
-        mount -T fstab -a && cat mnt/hello && umount mnt
-        """,
-    )
-    assert (done.stdout, done.stderr) == ("hello\nhello\n", "")
-
-
-@pytest.mark.usefixtures("runtime")
-def test_mount_passes_on_what_went_wrong(tmp_path: Path) -> None:
-    (tmp_path / "mnt").mkdir()
-    done = in_namespace(
-        tmp_path,
-        """
-        mount -t clipfs none.clip mnt; echo $?
-        mount -t clipfs none.clip mnt -o frobnicate; echo $?
-        """,
-    )
-    assert done.stdout == "32\n1\n"
-    missing, unknown = done.stderr.splitlines()[:2]
-    assert "there is no file" in missing
-    assert "frobnicate" in unknown
-
-
-@pytest.mark.usefixtures("runtime")
-def test_mount_in_another_namespace(clip: Path, tmp_path: Path) -> None:
-    (tmp_path / "mnt").mkdir()
-    done = in_namespace(
-        tmp_path,
-        f"""
-        mkfifo ready hold
-        unshare --mount sh -c 'echo > ready; read line < hold; cat mnt/hello; umount mnt' &
-        read line < ready
-        mount -N $! -t clipfs {shlex.quote(str(clip))} "$1/mnt"; echo $?
-        ls mnt | wc -l
-        echo > hold
-        wait
-        """,
-    )
-    assert done.stderr == ""
-    assert done.stdout.split() == ["0", "0", "hello"]

@@ -331,54 +331,6 @@ def test_in_the_foreground_this_process_serves(clip: Path, mountpoint: Path) -> 
             server.kill()
 
 
-# --- without privileges
-
-
-AS_NOBODY = """
-import os, select, sys, clipfs
-from clipfs import MountError, MountOptions, mountinfo
-clip, place = sys.argv[1:]
-with clipfs.mount(clip, place):
-    print(sorted(os.listdir(place)), open(place + "/hello").read())
-try:
-    clipfs.mount(clip, place, MountOptions(allow_other=True))
-except MountError as error:
-    print(error)
-mounted = clipfs.mount(clip, place)
-descriptor = os.pidfd_open(mounted.pid)
-os.kill(mounted.pid, 9)
-select.select([descriptor], [], [])
-print(len(clipfs.gc()), mountinfo.top_at(place), clipfs.mounts())
-"""
-
-
-def test_without_root_fusermount_does_it(image: str, public: Path) -> None:
-    """In a mount namespace of its own, where /dev/fuse is open to all as it is on most machines."""
-    layout, home, node = public / "oci", public / "home", public / "node"
-    shutil.copytree(image.split(":")[1], layout)
-    clipfs.build(f"oci:{layout}:latest", public / "small.clip")
-    (home / "mnt").mkdir(parents=True)
-    node.mkdir()
-    for path in (home, home / "mnt"):
-        os.chown(path, 65534, 65534)
-    inside = """
-        mount -t tmpfs none "$1" && mknod -m 666 "$1/fuse" c 10 229 && mount --bind "$1/fuse" /dev/fuse
-        shift
-        exec setpriv --reuid 65534 --regid 65534 --clear-groups "$@"
-    """
-    done = run(
-        *("unshare", "--mount", "sh", "-ec", inside, "sh", node),
-        *(sys.executable, "-c", AS_NOBODY, public / "small.clip", home / "mnt"),
-        env={"PATH": os.environ["PATH"], "CLIPFS_STATE": str(home / "state"), "PYTHONPATH": str(REPOSITORY)},
-        cwd=Path("/"),
-    )
-    assert done.stderr == ""
-    listing, refusal, after = done.stdout.replace("\n\n", "\n").splitlines()
-    assert listing == "['big', 'bin', 'hello', 'secret', 'usr', 'zero'] hello"
-    assert "user_allow_other" in refusal
-    assert after == "1 None []"
-
-
 def as_nobody(*command: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a program as a user who owns nothing."""
     return run("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", *command)

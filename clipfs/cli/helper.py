@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import getopt
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clipfs import mountinfo
@@ -20,14 +21,15 @@ from clipfs.options import MountOptions, Parsed, parse
 _USAGE = """\
 usage: mount.clipfs SPEC DIR [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]
 
-SPEC is a .clip file, or the name of an image as skopeo names it (oci:DIR:TAG, docker://HOST/REPO:TAG, …), which is
-indexed first if it was not before. Usually started by mount(8):
+SPEC is a .clip file, the URL of a packed one, or the name of an image as skopeo names it (oci:DIR:TAG,
+docker://HOST/REPO:TAG, …), which is indexed first if it was not before. Usually started by mount(8):
 
   mount -t clipfs app.clip /mnt -o allow_other,cache=256M,log=/var/log/app.log
   /srv/app.clip  /mnt  clipfs  ro,_netdev,nofail,x-systemd.automount  0 0     (a line of /etc/fstab)
 
-options: allow_other, cache=SIZE, log=FILE, source=IMAGE, authfile=FILE, ca=FILE, insecure, suid, dev, noexec, and
-those that mount(8) handles itself.
+options: allow_other, cache=SIZE, log=FILE, report=FILE, metrics=PORT, source=IMAGE, authfile=FILE, ca=FILE, insecure,
+noexec, those that mount(8) handles itself, and allow_suid and allow_dev, which mean suid and dev, for those it never
+hands on.
 """
 
 # The exit code of mount(8), bit by bit.
@@ -114,13 +116,21 @@ def _obey(request: _Request) -> int:
         say(f"would mount {request.spec} on {request.directory}")
         return 0
 
+    if request.parsed.nofail and request.spec.endswith(".clip") and not os.path.lexists(request.spec):
+        say(f"there is no file {request.spec}, which nofail forgives")
+        return 0
+
     # Late, for the answers above need nothing of it.
     from clipfs.mounter import mount
 
     if request.namespace is not None:
         _enter(request.namespace)
-    clip = _clip(request.spec, request.parsed.options)
-    mounted = mount(clip, request.directory, request.parsed.options)
+    options = request.parsed.options
+    clip = _clip(request.spec, options)
+    if str(clip) != request.spec:
+        # By this name `mount -a` finds that it is mounted already.
+        options = replace(options, name=request.spec)
+    mounted = mount(clip, request.directory, options)
     say(f"{clip} is mounted on {mounted.mountpoint}, served by process {mounted.pid}")
     return 0
 
@@ -128,7 +138,7 @@ def _obey(request: _Request) -> int:
 def _clip(spec: str, options: MountOptions) -> Path:
     """The .clip that SPEC names: a file, or the index of an image."""
     path = Path(spec)
-    if path.exists() or spec.endswith(".clip"):
+    if path.exists() or (spec.endswith(".clip") and "://" not in spec):
         return path
     # Late, for it brings decoders and trio, which a .clip has no use for.
     from clipfs.builder import index_for

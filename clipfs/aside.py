@@ -1,0 +1,42 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from clipfs.errors import ClipfsError, UsageError
+
+
+def check_place(out: Path) -> None:
+    """UsageError or ClipfsError, with the reason, unless a file could be written to `out` now."""
+    if out.exists() and not out.is_file():
+        raise UsageError(f"cannot write {out}: it is there and is no regular file")
+    try:
+        # Most file systems make this one without a name, so that nobody ever sees it.
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise ClipfsError(f"cannot write {out}: {error.strerror}") from error
+
+
+@contextmanager
+def written_aside(out: Path) -> Iterator[Path]:
+    """A path beside `out` to write to; it becomes `out` if all goes well and disappears if not."""
+    check_place(out)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
+    except OSError as error:
+        raise ClipfsError(f"cannot write {out}: {error.strerror}") from error
+    os.close(handle)
+    aside = Path(name)
+    try:
+        yield aside
+        umask = os.umask(0)
+        os.umask(umask)
+        aside.chmod(0o666 & ~umask)
+        aside.replace(out)
+    finally:
+        aside.unlink(missing_ok=True)

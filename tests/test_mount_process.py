@@ -1,0 +1,252 @@
+"""The process behind a mount: what it lets go of, what it survives, how `clipfs mount`, `umount` and `gc` treat it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import clipfs
+from clipfs import mountinfo, state
+from clipfs.cli.main import main
+from tests.conftest import require_root
+from tests.mounts import BIG, SECONDS, ended, files, run, settled
+
+pytest_plugins = ("tests.mount_fixtures",)
+pytestmark = pytest.mark.usefixtures("runtime", "_root")
+
+REPOSITORY = Path(__file__).parent.parent
+CLIPFS = (sys.executable, "-m", "clipfs")
+
+
+@pytest.fixture
+def _root() -> None:
+    require_root()
+
+
+@pytest.fixture
+def here(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: with ``x.clip`` and an empty ``mnt``."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(clip, "x.clip")
+    (tmp_path / "mnt").mkdir()
+    return tmp_path
+
+
+@contextmanager
+def foreground(here: Path) -> Iterator[subprocess.Popen[str]]:
+    """`clipfs mount -f`, that says it is ready."""
+    command = [*CLIPFS, "mount", "-f", "x.clip", "mnt"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=here) as process:
+        try:
+            assert process.stderr is not None
+            assert process.stderr.readline() == f"{here}/x.clip is mounted on {here}/mnt\n"
+            yield process
+        finally:
+            process.terminate()
+            if not ended(process.pid):
+                process.kill()
+
+
+# --- what it lets go of
+
+
+def test_whoever_reads_our_output_sees_its_end(here: Path) -> None:
+    """The pipes of `clipfs mount`, one more that it was handed, and the working directory are all free afterwards."""
+    reading, writing = os.pipe()
+    command = [*CLIPFS, "mount", "x.clip", "mnt", "-o", f"log={here}/log"]
+    try:
+        # communicate() returns at the end of both pipes, not of the process.
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(writing,)
+        ) as process:
+            assert process.communicate(timeout=SECONDS) == (b"", b"")
+        os.close(writing)
+        with open(reading, "rb", closefd=False) as end:
+            assert end.read() == b""
+        [record] = clipfs.mounts()
+        held = {os.readlink(link) for link in Path(f"/proc/{record.process.pid}/fd").iterdir()}
+        # Its loop and its splicing have sockets and pipes of their own.
+        named = {name for name in held if name.startswith("/") and not name.startswith(f"{here}/run/")}
+        assert named <= {"/dev/null", "/dev/fuse", f"{here}/log", f"{here}/x.clip"}
+        assert os.readlink(f"/proc/self/fd/{reading}") not in held
+        assert os.readlink(f"/proc/{record.process.pid}/cwd") == "/"
+    finally:
+        os.close(reading)
+        clipfs.unmount("mnt")
+
+
+def test_it_serves_on_when_its_clip_is_deleted_or_replaced(here: Path) -> None:
+    with clipfs.mount("x.clip", "mnt"):
+        Path("x.clip").unlink()
+        assert Path("mnt/hello").read_text() == "hello\n"
+        Path("other").write_bytes(b"no clip at all")
+        Path("other").rename("x.clip")
+        assert sorted(os.listdir("mnt")) == ["big", "bin", "hello", "secret", "usr", "zero"]
+        assert Path("mnt/big").read_bytes() == BIG
+
+
+def test_it_is_small(here: Path) -> None:
+    """What only this process has in memory. Reads come on top: at most the cache that it was given."""
+    with clipfs.mount("x.clip", "mnt", clipfs.MountOptions(cache=1 << 20)) as mounted:
+        assert Path("mnt/big").read_bytes() == BIG
+        lines = Path(f"/proc/{mounted.pid}/smaps_rollup").read_text().splitlines()
+        private = sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+        assert private < 64 << 10, lines
+
+
+# --- in the foreground
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_under_the_hands_of_readers(here: Path, number: int) -> None:
+    with foreground(here) as process:
+        descriptor = os.open("mnt/big", os.O_RDONLY)
+        try:
+            process.send_signal(number)
+            assert process.wait(SECONDS) == 0
+            with pytest.raises(OSError, match="not connected"):
+                os.pread(descriptor, 10, 0)
+        finally:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        assert mountinfo.top_at(f"{here}/mnt") is None
+
+
+@pytest.mark.parametrize("end", ["umount mnt", "umount -l mnt", "fusermount3 -u mnt", "clipfs umount mnt"])
+def test_whoever_unmounts_it_ends_it(here: Path, end: str) -> None:
+    with foreground(here) as process:
+        words = end.split()
+        assert run(*(CLIPFS if words[0] == "clipfs" else words[:1]), *words[1:]).returncode == 0
+        assert process.wait(SECONDS) == 0
+        assert settled() == []
+
+
+def test_a_lazy_unmount_lets_readers_finish(here: Path) -> None:
+    with foreground(here) as process:
+        descriptor = os.open("mnt/big", os.O_RDONLY)
+        try:
+            assert run("umount", "-l", "mnt").returncode == 0
+            assert os.pread(descriptor, len(BIG), 0) == BIG
+            assert process.poll() is None
+        finally:
+            os.close(descriptor)
+        assert process.wait(SECONDS) == 0
+
+
+def test_gc_cleans_up_after_a_kill(here: Path, runtime: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with foreground(here) as process:
+        process.kill()
+        assert process.wait(SECONDS) == -signal.SIGKILL
+        with pytest.raises(OSError, match="not connected"):
+            os.listdir("mnt")
+        assert main(["gc"]) == 0
+        assert capsys.readouterr().err == f"removed mount {here}/mnt\n"
+    assert os.listdir("mnt") == []
+    assert files(runtime) == []
+
+
+# --- places
+
+
+def test_what_a_mount_covers_comes_back(here: Path) -> None:
+    Path("mnt/kept").touch()
+    with clipfs.mount("x.clip", "mnt"):
+        assert not Path("mnt/kept").exists()
+    assert os.listdir("mnt") == ["kept"]
+
+
+def test_twice_in_one_place_is_one_on_the_other(here: Path) -> None:
+    below = clipfs.mount("x.clip", "mnt")
+    above = clipfs.mount("x.clip", "mnt")
+    assert len(clipfs.mounts()) == 2
+    with pytest.raises(clipfs.MountError, match="on top"):
+        below.unmount()
+    assert Path("mnt/hello").read_text() == "hello\n"
+    clipfs.unmount("mnt")
+    assert ended(above.pid)
+    assert [record.process.pid for record in clipfs.mounts()] == [below.pid]
+    assert Path("mnt/hello").read_text() == "hello\n"
+    below.unmount()
+    assert ended(below.pid)
+
+
+@pytest.mark.parametrize("place", ["mnt", "./mnt/", "link", "mnt/../mnt", "../{}/mnt"])
+def test_any_name_of_the_place_will_do(here: Path, place: str) -> None:
+    Path("link").symlink_to("mnt")
+    place = place.format(here.name)
+    assert main(["mount", "x.clip", place]) == 0
+    assert [record.mountpoint for record in clipfs.mounts()] == [f"{here}/mnt"]
+    assert main(["umount", place]) == 0
+    assert settled() == []
+
+
+# --- refusals
+
+
+def test_what_cannot_be_unmounted_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with clipfs.mount("x.clip", "mnt"):
+        descriptor = os.open("mnt/big", os.O_RDONLY)
+        try:
+            assert main(["umount", "mnt"]) == 32
+            assert capsys.readouterr().err == f"clipfs: {here}/mnt is in use; `fuser -vm {here}/mnt` tells by whom\n"
+        finally:
+            os.close(descriptor)
+        assert Path("mnt/hello").read_text() == "hello\n"
+    for place in ("mnt", "none", "/proc", "x.clip"):
+        assert main(["umount", place]) == 32
+        assert "there is no clipfs mount on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file", "open", "/proc/clipfs", "readonly"])
+def test_no_state_directory_no_mount(
+    here: Path, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").touch()
+    Path("open").mkdir()
+    Path("open").chmod(0o777)
+    Path("readonly").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setenv("CLIPFS_STATE", place if place.startswith("/") else f"{here}/{place}")
+        assert run("mount", "-t", "tmpfs", "-o", "ro,mode=700", "none", "readonly").returncode == 0
+        try:
+            assert main(["mount", "x.clip", "mnt"]) == 1
+        finally:
+            assert run("umount", "readonly").returncode == 0
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert place in said
+    assert mountinfo.top_at(f"{here}/mnt") is None
+    assert state.records() == []
+
+
+@pytest.mark.parametrize(
+    ("target", "place", "code", "words"),
+    [
+        ("x.clip", "none", 32, "does not exist; make the directory first"),
+        ("x.clip", "x.clip", 32, "is not a directory"),
+        ("none.clip", "mnt", 2, "none.clip"),
+        ("bad.clip", "mnt", 65, "bad.clip"),
+        ("cut.clip", "mnt", 65, "cut.clip"),
+    ],
+)
+def test_no_clip_or_no_place_no_mount(
+    here: Path, target: str, place: str, code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("bad.clip").write_bytes(b"bad")
+    Path("cut.clip").write_bytes(Path("x.clip").read_bytes()[:5000])
+    for foreground in ([], ["-f"]):
+        assert main(["mount", *foreground, target, place]) == code
+        said = capsys.readouterr().err
+        assert words in said
+        assert said.count("\n") == 1
+    assert state.records() == []
