@@ -20,7 +20,8 @@ from clipfs.blocks.counters import Counters
 from clipfs.blocks.reader import BlockReader
 from clipfs.errors import ClipfsError, UsageError, shown
 from clipfs.index import Index, Node
-from clipfs.sources.fetcher import LayerFetcher, SourceOptions
+from clipfs.sources.fetcher import SourceOptions
+from clipfs.sources.packed import fetcher_for
 
 # A file is copied in pieces of this many bytes: one gzip span, so a piece costs at most two decodes.
 _PIECE = 4 << 20
@@ -48,7 +49,7 @@ def extract(clip: Path | str, target: Path | str, access: SourceOptions | None =
 
     async def main(index: Index) -> Extracted:
         async with (
-            LayerFetcher(index.source, index.manifest, access) as fetcher,
+            fetcher_for(index, access) as fetcher,
             BlockReader(index, fetcher, counters=Counters.private()) as reader,
         ):
             unpacking = _Unpacking(index, place)
@@ -56,7 +57,11 @@ def extract(clip: Path | str, target: Path | str, access: SourceOptions | None =
             return Extracted(len(unpacking.first), unpacking.written, tuple(unpacking.skipped))
 
     with Index.open(clip) as index:
-        return trio.run(main, index)
+        try:
+            return trio.run(main, index)
+        except OSError as error:
+            what = shown(os.fsencode(error.filename)) if error.filename else "a part of it"
+            raise ClipfsError(f"cannot unpack into {target}: {what}: {error.strerror}") from error
 
 
 def _prepare(target: Path) -> None:
@@ -146,7 +151,10 @@ class _Unpacking:
                 # A hole stays one: only what the image stores is written.
                 for address, _layer, _offset, size in self.index.extents(node.address + start, length):
                     data = await read(address, size)
-                    os.pwrite(fd, data, address - node.address)
+                    # A disk that fills up writes a part, and says why only when asked for the rest.
+                    while data:
+                        count = os.pwrite(fd, data, address - node.address)
+                        address, data = address + count, data[count:]
                     self.written += size
         except OSError as error:
             raise ClipfsError(f"cannot write {shown(path)} below {self.target}: {error.strerror}") from error

@@ -34,6 +34,9 @@ _MAX_DETOURS = 1 << 25
 # More warnings than this are read by nobody, and a hostile image could ask for any number.
 _MAX_WARNINGS = 100
 
+# Linux has no permissions on symlinks: whatever an archive says, this is what they show when they are unpacked.
+_SYMLINK = stat.S_IFLNK | 0o777
+
 _Children = dict[bytes, Inode]
 
 
@@ -129,7 +132,7 @@ class Tree:
         self._count(member)
         parts = member.segments
         return Inode(
-            member.mode,
+            _SYMLINK if member.link else member.mode,
             member.uid,
             member.gid,
             member.mtime_ns,

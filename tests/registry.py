@@ -9,10 +9,14 @@ It keeps its images below the directory it is given, chooses a free port, and is
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
+import ssl
 import subprocess
 import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Self
 
@@ -38,12 +42,25 @@ class Registry:
         self.auth = auth
         self.ca = make_certificate(self._directory) if tls else None
         self._log: list[str] = []
+        self._logged = threading.Condition()
+        self._marks = 0
         self._listening = threading.Event()
 
     @property
     def requests(self) -> list[str]:
         """The access log so far: a line a request, ``… "GET /v2/… HTTP/1.1" 206 4096 …``, written after its answer."""
         return [line for line in self._log if re.search(r'HTTP/1\.[01]" [0-9]{3} ', line)]
+
+    def settled(self) -> list[str]:
+        """The access log, with all in it that was answered before: waits for the line of a request of its own."""
+        self._marks += 1
+        mark = f"/settled/{self._marks}"
+        scheme, trust = ("https", ssl.create_default_context(cafile=self.ca)) if self.ca else ("http", None)
+        with contextlib.suppress(urllib.error.HTTPError):  # there is no such page
+            urllib.request.urlopen(f"{scheme}://{self.host}{mark}", context=trust, timeout=_START_SECONDS).close()
+        with self._logged:
+            assert self._logged.wait_for(lambda: any(f'"GET {mark} ' in line for line in self._log), _START_SECONDS)
+        return [line for line in self.requests if "/settled/" not in line]
 
     def push(self, image: str, name: str) -> str:
         """Copy an image (skopeo's name for it) to REPOSITORY:TAG of this registry; returns clipfs' name for it."""
@@ -87,7 +104,9 @@ class Registry:
         assert self._process.stdout is not None
         with self._process.stdout as lines:
             for line in lines:
-                self._log.append(line)
+                with self._logged:
+                    self._log.append(line)
+                    self._logged.notify_all()
                 if found := re.search(r"listening on (127\.0\.0\.1:[0-9]+)", line):
                     self.host = found[1]
                     self._listening.set()
