@@ -17,8 +17,8 @@ from typing import NoReturn
 from clipfs.erofs import BLOCK, FILE_TYPE, FIRST_INODE, INODE, MAX_PATH, SUPERBLOCK_OFFSET, Node
 from clipfs.erofs_read import Metadata
 from clipfs.errors import FormatError
-from clipfs.format import PLACE_BITS, Codec, Header, Layer
-from clipfs.oci import ImageConfig, Manifest
+from clipfs.format import PLACE_BITS, Codec, Header, Layer, Section
+from clipfs.oci import Digest, ImageConfig, Manifest
 from clipfs.tables import ExtentTable
 
 _DIRECTORY_TYPE = FILE_TYPE[stat.S_IFDIR >> 12]
@@ -53,6 +53,21 @@ def check_layers(layers: Sequence[Layer], manifest: Manifest, config: ImageConfi
         raise FormatError(f"{name} is damaged: its layers are not those of its manifest")
     if tuple(layer.diff_id for layer in layers) != config.diff_ids:
         raise FormatError(f"{name} is damaged: its layers are not those of its image config")
+
+
+def check_packed(layers: Sequence[Layer], data: Section | None, name: str) -> None:
+    """The one layer of a packed clip is its data: zstd frames, a span each, and nothing between them."""
+    if len(layers) != 1 or layers[0].codec is not Codec.ZSTD:
+        raise FormatError(f"{name} is damaged: it is packed, but has not the one layer with its data")
+    layer, position, end = layers[0], 0, 0
+    for span in layer.spans:
+        if (span.position, span.start, span.skip) != (position, end, 0) or span.end == end:
+            raise FormatError(f"{name} is damaged: the spans of its data do not follow each other")
+        position, end = position + span.length, span.end
+    if (position, end) != (layer.diff_size, layer.size):
+        raise FormatError(f"{name} is damaged: its spans do not cover its data")
+    if data is not None and (layer.digest, layer.size) != (Digest("sha256", data.digest.hex()), data.length):
+        raise FormatError(f"{name} is damaged: its data is not that of its layer")
 
 
 def check_extents(extents: ExtentTable, layers: Sequence[Layer], data_size: int, name: str) -> None:

@@ -1,36 +1,39 @@
-"""The ``.clip`` container: what it consists of, its header, and how it is written.
+"""The ``.clip`` container: what it consists of, and its header.
 
-This module owns the layout that docs/format.md specifies, except for the EROFS image, which belongs to `erofs`. It
-knows how sections are written; `tables` reads them.
+This module owns the layout that docs/format.md specifies, except for the EROFS image, which belongs to `erofs`.
+`format_pack` writes sections, `tables` reads them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from mmap import mmap
-from typing import BinaryIO, Self
+from typing import Self
 
-import zstandard
-
-from clipfs.erofs import SUPERBLOCK_OFFSET, Inode
-from clipfs.erofs_pack import pack
-from clipfs.errors import FormatError, ImageError
+from clipfs.erofs import SUPERBLOCK_OFFSET
+from clipfs.errors import FormatError
 from clipfs.oci import Digest
 
 # As PNG's: a high bit, CR LF, control-Z and LF tell a file that was transferred as text from one that was not.
 MAGIC = b"\x89CLIP\r\n\x1a\n"
 VERSION = 2
-# Bits in the header whose meaning a reader must know. There are none yet.
-FEATURES = 0
+# Bits in the header whose meaning a reader must know. PACKED: the one layer is not the manifest's but the section
+# `data` of a packed clip, this one or the one that `source` names.
+PACKED = 1
+FEATURES = PACKED
+
+# The source of a clip that carries its data: the file itself, wherever it is.
+ITSELF = "clip:"
 
 # Bytes 0 to 1023 are the header: fixed fields, then the section table, and its SHA-256 at the end.
 HEADER = struct.Struct("<9s3xIIIQII")
 SECTION = struct.Struct("<IIQQ32s")
-CHECKSUM_OFFSET = SUPERBLOCK_OFFSET - 32
+HEADER_SIZE = SUPERBLOCK_OFFSET
+CHECKSUM_OFFSET = HEADER_SIZE - 32
 MAX_SECTIONS = (CHECKSUM_OFFSET - HEADER.size) // SECTION.size
 ALIGNMENT = 8
 
@@ -44,10 +47,11 @@ MAX_LAYERS = 1 << 64 - PLACE_BITS
 # What a deflate stream can refer back to.
 MAX_WINDOW = 32768
 
-ALGORITHMS = {1: "sha256", 2: "sha512"}
+# Decoded bytes that a span may throw away even if there are not so many before it: where the uncompressed layer is only
+# the contents of files, headers between them count as well.
+MAX_SKIP = 64 << 20
 
-# Measured on real sparse windows: 0.14 ms each; level 19 takes 30 times as long for 4 % less.
-_WINDOW_LEVEL = 9
+ALGORITHMS = {1: "sha256", 2: "sha512"}
 
 
 class Codec(IntEnum):
@@ -59,7 +63,7 @@ class Codec(IntEnum):
 
 
 class Kind(IntEnum):
-    """What a section holds. Number 9 is taken: it will be the data of packed clips."""
+    """What a section holds. Packed clips have DATA, the others all but that."""
 
     EROFS = 1
     LAYERS = 2
@@ -69,6 +73,7 @@ class Kind(IntEnum):
     MANIFEST = 6
     CONFIG = 7
     SOURCE = 8
+    DATA = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +128,11 @@ class Section:
     length: int
     digest: bytes
 
+    @classmethod
+    def of(cls, offset: int, content: bytes | memoryview) -> Self:
+        """The section at `offset` that holds `content`."""
+        return cls(offset, len(content), hashlib.sha256(content).digest())
+
     @property
     def end(self) -> int:
         return self.offset + self.length
@@ -131,18 +141,25 @@ class Section:
 class Header:
     """The section table. A section of a kind that this version does not know is no obstacle."""
 
-    def __init__(self, sections: dict[int, Section]) -> None:
+    def __init__(self, sections: dict[int, Section], features: int = 0) -> None:
         self.sections = sections
+        self.packed = bool(features & PACKED)
 
     def __getitem__(self, kind: Kind) -> Section:
         return self.sections[kind]
 
+    @property
+    def data(self) -> Section | None:
+        """The section with the data, if the file carries it. It is the last one."""
+        return self.sections.get(Kind.DATA)
+
     @classmethod
-    def parse(cls, buffer: mmap, name: str) -> Self:
+    def parse(cls, buffer: mmap | bytes, name: str, size: int | None = None) -> Self:
         """The header of the file that is mapped as `buffer`, and is called `name` in errors.
 
-        Afterwards every section is known to lie inside the file.
+        size: of the file, if `buffer` is only its beginning. Afterwards every section is known to lie inside the file.
         """
+        size = len(buffer) if size is None else size
         if len(buffer) < SUPERBLOCK_OFFSET or buffer[: len(MAGIC)] != MAGIC:
             raise FormatError(f"{name} is not a .clip file")
         _, version, features, _, length, count, reserved = HEADER.unpack_from(buffer, 0)
@@ -153,18 +170,21 @@ class Header:
         table = buffer[:CHECKSUM_OFFSET]
         if hashlib.sha256(table).digest() != buffer[CHECKSUM_OFFSET:SUPERBLOCK_OFFSET]:
             raise FormatError(f"{name} is damaged: its header does not have the checksum that it should have")
-        if length != len(buffer):
-            raise FormatError(f"{name} is damaged: it should have {length} bytes and has {len(buffer)}")
+        if length != size:
+            raise FormatError(f"{name} is damaged: it should have {length} bytes and has {size}")
         if count > MAX_SECTIONS or reserved:
             raise FormatError(f"{name} is damaged: its section table is not one")
-        return cls(_parse_sections(table, count, length, name))
+        header = cls(_parse_sections(table, count, length, name), features)
+        if header.data is not None and not (header.packed and header.data.end == length):
+            raise FormatError(f"{name} is damaged: its data is not where it should be")
+        return header
 
     @staticmethod
-    def pack(sections: Iterable[tuple[Kind, Section]]) -> bytes:
+    def pack(sections: Sequence[tuple[Kind, Section]], features: int = 0) -> bytes:
         """Bytes 0 to 1023 of a file that consists of these sections, in this order."""
         entries = [SECTION.pack(kind, 0, each.offset, each.length, each.digest) for kind, each in sections]
         length = max(each.end for _, each in sections)
-        fixed = HEADER.pack(MAGIC, VERSION, FEATURES, 0, length, len(entries), 0)
+        fixed = HEADER.pack(MAGIC, VERSION, features, 0, length, len(entries), 0)
         table = (fixed + b"".join(entries)).ljust(CHECKSUM_OFFSET, b"\0")
         return table + hashlib.sha256(table).digest()
 
@@ -175,114 +195,16 @@ def _parse_sections(table: bytes, count: int, length: int, name: str) -> dict[in
     end = SUPERBLOCK_OFFSET
     for number in range(count):
         kind, flags, offset, size, digest = SECTION.unpack_from(table, HEADER.size + number * SECTION.size)
-        if flags or kind in sections or offset != _aligned(end) or size > length - offset:
+        if flags or kind in sections or offset != aligned(end) or size > length - offset:
             raise FormatError(f"{name} is damaged: section {number} is not where it should be")
         sections[kind] = Section(offset, size, digest)
         end = offset + size
-    missing = [kind.name.lower() for kind in Kind if kind not in sections]
+    missing = [kind.name.lower() for kind in Kind if kind not in sections and kind is not Kind.DATA]
     if missing or end != length or sections[Kind.EROFS].offset != SUPERBLOCK_OFFSET:
         raise FormatError(f"{name} is damaged: it lacks {', '.join(missing) or 'a clear end'}")
     return sections
 
 
-def write(
-    out: BinaryIO,
-    *,
-    root: Inode,
-    extents: Sequence[Extent],
-    data_size: int,
-    layers: Sequence[Layer],
-    manifest: bytes,
-    config: bytes,
-    source: str,
-) -> None:
-    """Write a ``.clip``. The same arguments give the same bytes.
-
-    root: the tree, complete with link counts and addresses; its inodes get their nids.  extents: sorted by address.
-    data_size: of the data space, a multiple of 4096.  source: the image's canonical name.
-    Raises ImageError for what the format can not hold.
-    """
-    if len(layers) > MAX_LAYERS or any(layer.diff_size >> PLACE_BITS for layer in layers):
-        raise ImageError("the image has more than 65,536 layers or one of more than 256 TiB; a .clip can not hold that")
-    image = pack(root, data_size, hashlib.sha256(manifest).digest()[:16])
-    spans, windows = _pack_spans(layers)
-    parts: list[tuple[Kind, bytes | memoryview]] = [
-        (Kind.EROFS, memoryview(image)[SUPERBLOCK_OFFSET:]),
-        (Kind.LAYERS, b"".join(map(_pack_layer, layers))),
-        (Kind.EXTENTS, _pack_extents(extents)),
-        (Kind.SPANS, spans),
-        (Kind.WINDOWS, windows),
-        (Kind.MANIFEST, manifest),
-        (Kind.CONFIG, config),
-        (Kind.SOURCE, source.encode("utf-8", "surrogateescape")),
-    ]
-    sections: list[tuple[Kind, Section]] = []
-    end = SUPERBLOCK_OFFSET
-    for kind, content in parts:
-        section = Section(_aligned(end), len(content), hashlib.sha256(content).digest())
-        sections.append((kind, section))
-        end = section.end
-    out.write(Header.pack(sections))
-    end = SUPERBLOCK_OFFSET
-    for (_, content), (_, section) in zip(parts, sections, strict=True):
-        out.write(bytes(section.offset - end))
-        out.write(content)
-        end = section.end
-
-
-def _pack_layer(layer: Layer) -> bytes:
-    media_type = layer.media_type.encode()
-    if len(media_type) > 255:
-        raise ImageError("its media type is longer than 255 bytes", layer=layer.digest)
-    numbers = {name: number for number, name in ALGORITHMS.items()}
-    return LAYER.pack(
-        numbers[layer.digest.algorithm],
-        numbers[layer.diff_id.algorithm],
-        layer.codec,
-        layer.digest.raw,
-        layer.diff_id.raw,
-        layer.size,
-        layer.diff_size,
-        len(layer.spans),
-        0,
-        len(media_type),
-        media_type,
-    )
-
-
-def _pack_extents(extents: Sequence[Extent]) -> bytes:
-    """Three columns of 64-bit numbers, so that a reader can bisect the first in place."""
-    column = struct.Struct(f"<{len(extents)}Q")
-    return b"".join(
-        (
-            column.pack(*(extent.address for extent in extents)),
-            column.pack(*(extent.length for extent in extents)),
-            column.pack(*(extent.layer << PLACE_BITS | extent.offset for extent in extents)),
-        )
-    )
-
-
-def _pack_spans(layers: Sequence[Layer]) -> tuple[bytes, bytes]:
-    """(records, windows). Windows are compressed one by one, because they are needed one by one."""
-    compressor = zstandard.ZstdCompressor(level=_WINDOW_LEVEL, write_checksum=False)
-    records: list[bytes] = []
-    windows: list[bytes] = []
-    at = 0
-    for layer in layers:
-        for span in layer.spans:
-            window = compressor.compress(span.window) if span.window else b""
-            try:
-                record = SPAN.pack(
-                    span.start, span.end, span.position, span.skip, at if window else 0, span.length, len(window),
-                    span.bit, span.digest,
-                )  # fmt: skip
-            except struct.error:
-                raise ImageError("one stretch of it decodes to more than 4 GiB", layer=layer.digest) from None
-            records.append(record)
-            windows.append(window)
-            at += len(window)
-    return b"".join(records), b"".join(windows)
-
-
-def _aligned(offset: int) -> int:
+def aligned(offset: int) -> int:
+    """Where the section begins before which `offset` bytes are taken."""
     return offset + ALIGNMENT - 1 & ~(ALIGNMENT - 1)

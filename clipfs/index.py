@@ -22,7 +22,7 @@ from typing import Self, TypeVar
 from clipfs.erofs import MAX_PATH, Node
 from clipfs.erofs_read import Metadata
 from clipfs.errors import ClipfsError, FormatError, ImageError
-from clipfs.format import Header, Kind
+from clipfs.format import ITSELF, Header, Kind
 from clipfs.oci import MAX_CONFIG, MAX_MANIFEST, ImageConfig, Manifest
 from clipfs.tables import ExtentTable, SpanTable, StoredLayer, read_layers
 
@@ -109,6 +109,26 @@ class Index:
     def source(self) -> str:
         """The canonical name of the image that the index was made of."""
         return self._section(Kind.SOURCE).decode("utf-8", "surrogateescape")
+
+    @property
+    def packed(self) -> bool:
+        """Whether the one layer is the data of a packed clip, and not one of the manifest's."""
+        return self._header.packed
+
+    @property
+    def carries_data(self) -> bool:
+        """Whether the file itself is the packed clip."""
+        return self._header.data is not None
+
+    @property
+    def spans_digest(self) -> str:
+        """What tells the spans of this index from those of any other: notes about spans are kept by this name."""
+        return self._header[Kind.SPANS].digest.hex()
+
+    def section(self, kind: Kind) -> bytes:
+        """A section, verbatim."""
+        section = self._header[kind]
+        return self._buffer[section.offset : section.end]
 
     # --- inodes by number
 
@@ -200,11 +220,16 @@ class Index:
         Reads the whole file, so it takes as long as that does, plus some microseconds an inode.
         """
         # Not needed to mount, so not imported before.
-        from clipfs.check import check_extents, check_layers, check_sections, check_tree
+        from clipfs.check import check_extents, check_layers, check_packed, check_sections, check_tree
 
         name = str(self.path)
         check_sections(self._buffer, self._header, name)
-        check_layers(self.layers, self.manifest, self.config, name)
+        if self.packed:
+            check_packed(self.layers, self._header.data, name)
+            if self.source == ITSELF and not self.carries_data:
+                raise FormatError(f"{name} is damaged: it should carry its data and does not")
+        else:
+            check_layers(self.layers, self.manifest, self.config, name)
         check_extents(self._extents, self.layers, self.data_size, name)
         check_tree(self._tree, name)
         if not self.source:
@@ -216,7 +241,7 @@ class Index:
         section = self._header[kind]
         if section.length > _MAX_DOCUMENT:
             raise FormatError(f"{self.path} is damaged: its {kind.name.lower()} has {section.length} bytes")
-        return self._buffer[section.offset : section.end]
+        return self.section(kind)
 
     def _document(self, kind: Kind, parse: Callable[[bytes], T]) -> T:
         try:

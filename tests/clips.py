@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from clipfs import format as clip_format
 from clipfs.erofs import BLOCK, Inode
 from clipfs.format import SECTION, Codec, Extent, Kind, Layer, Section, Span
+from clipfs.format_pack import write
 from clipfs.index import Index
 from clipfs.oci import Digest
 
@@ -122,7 +123,7 @@ def raw_layer(data: bytes, span_size: int = 1 << 20) -> Layer:
 
 
 def documents(layers: Sequence[Layer]) -> dict[str, bytes]:
-    """A manifest and a config for these layers, as arguments of `format.write`."""
+    """A manifest and a config for these layers, as arguments of `format_pack.write`."""
     config = json.dumps(
         {
             "os": "linux",
@@ -147,7 +148,7 @@ def write_clip(path: Path, built: Built, layers: Sequence[Layer] | None = None, 
     """Write a ``.clip`` of `built`; its layer is raw unless other `layers` are given."""
     layers = [raw_layer(built.layer)] if layers is None else layers
     with path.open("wb") as file:
-        clip_format.write(
+        write(
             file,
             root=built.root,
             extents=built.extents,
@@ -162,11 +163,12 @@ def write_clip(path: Path, built: Built, layers: Sequence[Layer] | None = None, 
 def reseal(clip: bytearray) -> bytes:
     """Make all checksums right again after a clip was changed: what a forger would do."""
     sections = []
-    for number in range(clip_format.HEADER.unpack_from(clip)[5]):
+    _, _, features, _, _, count, _ = clip_format.HEADER.unpack_from(clip)
+    for number in range(count):
         kind, _, offset, length, _ = SECTION.unpack_from(clip, clip_format.HEADER.size + number * SECTION.size)
         digest = hashlib.sha256(clip[offset : offset + length]).digest()
         sections.append((Kind(kind), Section(offset, length, digest)))
-    clip[:1024] = clip_format.Header.pack(sections)
+    clip[:1024] = clip_format.Header.pack(sections, features)
     return bytes(clip)
 
 

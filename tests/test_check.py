@@ -92,7 +92,7 @@ def gzip_layer(built: Built) -> Layer:
 
 def sections_of(clip: bytes) -> dict[int, Section]:
     """The table of an honest file; the mapping is only for the type's sake, bytes do."""
-    return Header.parse(clip, "").sections  # type: ignore[arg-type]
+    return Header.parse(clip, "").sections
 
 
 def forge(honest: bytes, kind: Kind, change: Callable[[bytearray], None]) -> bytes:
@@ -117,7 +117,7 @@ def test_any_changed_byte_is_noticed(honest: bytes, tmp_path: Path) -> None:
 # --- every byte, forged
 
 
-@pytest.mark.parametrize("kind", [kind for kind in Kind if kind is not Kind.EROFS])
+@pytest.mark.parametrize("kind", [kind for kind in Kind if kind not in (Kind.EROFS, Kind.DATA)])
 def test_no_byte_of_a_table_does_harm(honest: bytes, tmp_path: Path, kind: Kind) -> None:
     section = sections_of(honest)[kind]
     noticed = 0

@@ -16,6 +16,7 @@ from clipfs import format as clip_format
 from clipfs.erofs import Inode
 from clipfs.errors import FormatError, ImageError
 from clipfs.format import HEADER, SECTION, Codec, Header, Layer, Section, Span
+from clipfs.format_pack import write
 from clipfs.index import Index
 from clipfs.oci import Digest
 from tests.clips import Built, TreeBuilder, documents, raw_layer, reseal, write_clip
@@ -106,7 +107,7 @@ def test_writing_needs_no_seeking(clip: bytearray) -> None:
     built = small()
     layers = [raw_layer(built.layer)]
     pipe = Pipe()
-    clip_format.write(
+    write(
         pipe,
         root=built.root,
         extents=built.extents,
@@ -146,7 +147,7 @@ def test_other_versions_are_refused(tmp_path: Path, clip: bytearray, version: in
         opened(tmp_path, resigned(clip))
 
 
-@pytest.mark.parametrize("bit", range(32))
+@pytest.mark.parametrize("bit", range(1, 32))
 def test_unknown_features_are_refused(tmp_path: Path, clip: bytearray, bit: int) -> None:
     clip[16:20] = (1 << bit).to_bytes(4, "little")
     with pytest.raises(FormatError, match=f"features {1 << bit:#x}"):
@@ -224,7 +225,7 @@ def test_a_section_count_that_cannot_be_is_refused(tmp_path: Path, clip: bytearr
 
 
 def test_the_header_has_room_for_what_is_to_come() -> None:
-    assert 2 * len(clip_format.Kind) <= clip_format.MAX_SECTIONS
+    assert len(clip_format.Kind) + 6 <= clip_format.MAX_SECTIONS
     sections = [(kind, Section(1024, 0, bytes(32))) for kind in clip_format.Kind]
     assert len(Header.pack(sections)) == 1024
 
@@ -246,9 +247,7 @@ def test_resealing_an_honest_clip_changes_nothing(clip: bytearray) -> None:
 def test_what_the_format_cannot_hold_is_refused(layers: Sequence[Layer], reason: str) -> None:
     root = Inode(stat.S_IFDIR | 0o755, children={}, nlink=2)
     with pytest.raises(ImageError, match=reason):
-        clip_format.write(
-            io.BytesIO(), root=root, extents=[], data_size=0, layers=layers, manifest=b"", config=b"", source="x"
-        )
+        write(io.BytesIO(), root=root, extents=[], data_size=0, layers=layers, manifest=b"", config=b"", source="x")
 
 
 def test_the_size_of_an_index(tmp_path: Path) -> None:

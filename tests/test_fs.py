@@ -15,9 +15,9 @@ import pytest
 import trio
 from pyfuse3 import FUSEError
 
-from clipfs import format as clip_format
 from clipfs.erofs import Inode
 from clipfs.errors import SourceError
+from clipfs.format_pack import write
 from clipfs.fs import ClipFS
 from clipfs.index import Index
 
@@ -74,7 +74,7 @@ def tree() -> Inode:
 def _index(tmp_path: Path) -> Iterator[Index]:
     path = tmp_path / "tree.clip"
     with path.open("wb") as out:
-        clip_format.write(
+        write(
             out, root=tree(), extents=[], data_size=12288, layers=[], manifest=b"{}", config=b"{}", source="oci:/none"
         )
     with Index.open(path) as index:

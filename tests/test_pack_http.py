@@ -1,0 +1,293 @@
+"""Packed clips on web servers: only what is read is fetched, and no server can make wrong bytes of it."""
+
+from __future__ import annotations
+
+import errno
+import filecmp
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+import clipfs
+from clipfs.cli.main import main
+from clipfs.errors import ClipfsError, FormatError, SourceError, UsageError
+from clipfs.sources.fetcher import SourceOptions
+from clipfs.sources.packed import fetcher_for
+from tests.conftest import require_programs, require_root
+from tests.mounts import BIG, files, run
+from tests.nginx import Nginx
+from tests.oracle import differences, picture
+from tests.web import Handler, Reply, Request, serving
+
+pytest_plugins = ["tests.mount_fixtures"]
+
+
+@pytest.fixture(scope="session")
+def packed(image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small image, packed."""
+    path = tmp_path_factory.mktemp("packed") / "small.clip"
+    clipfs.pack(image, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def content(packed: Path) -> bytes:
+    return packed.read_bytes()
+
+
+@pytest.fixture
+def nginx(packed: Path, tmp_path: Path) -> Iterator[Nginx]:
+    """nginx with TLS, and the packed image as ``x.clip``."""
+    require_root()
+    require_programs("nginx", "openssl")
+    with Nginx(tmp_path, {"x.clip": packed}, tls=True) as running:
+        yield running
+
+
+def options(nginx: Nginx, **others: object) -> clipfs.MountOptions:
+    base = clipfs.MountOptions(ca=nginx.ca, cache_size=0, prefetch="none")
+    return replace(base, **others)  # type: ignore[arg-type]
+
+
+class TestNginx:
+    def test_everything_is_as_from_the_file(
+        self, nginx: Nginx, packed: Path, runtime: Path, public: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "mnt").mkdir()
+        with clipfs.mount(packed, tmp_path / "mnt", clipfs.MountOptions(cache_size=0)):
+            expected = picture(tmp_path / "mnt")
+        clip = clipfs.index_for(f"{nginx.url}/x.clip", ca=nginx.ca)
+        with clipfs.mount(clip, tmp_path / "mnt", options(nginx)):
+            assert differences(picture(tmp_path / "mnt"), expected) == []
+
+    def test_only_what_is_read_is_fetched(self, tmp_path: Path, runtime: Path) -> None:
+        require_root()
+        require_programs("nginx", "openssl")
+        (tmp_path / "root").mkdir()
+        for name in "abc":
+            (tmp_path / "root" / name).write_bytes(os.urandom(2 << 20))
+        clipfs.pack(tmp_path / "root", tmp_path / "x.clip")
+        (tmp_path / "mnt").mkdir()
+        with Nginx(tmp_path, {"x.clip": tmp_path / "x.clip"}, tls=True) as nginx:
+            clip = clipfs.index_for(f"{nginx.url}/x.clip", ca=nginx.ca)
+            whole, index = (tmp_path / "x.clip").stat().st_size, clip.stat().st_size
+            assert index < whole / 500
+            with clipfs.mount(clip, tmp_path / "mnt", options(nginx)) as mounted:
+                with (tmp_path / "mnt/b").open("rb") as file:
+                    assert file.read(4096) == (tmp_path / "root/b").read_bytes()[:4096]
+                assert mounted.counters()["bytes_fetched"] < whole / 4
+        asked = nginx.requests
+        assert {each.status for each in asked} == {206}
+        assert sum(each.sent for each in asked) < whole / 4 + index + 600 * len(asked)
+
+    def test_commands_take_the_url(
+        self, nginx: Nginx, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
+    ) -> None:
+        url = f"{nginx.url}/x.clip"
+        for words in (["ls", "-lR"], ["inspect"], ["check"], ["check", "--data"]):
+            assert main([*words, "--ca", str(nginx.ca), url]) == 0, words
+        capsysbinary.readouterr()
+        assert main(["cat", "--ca", str(nginx.ca), url, "/big"]) == 0
+        assert capsysbinary.readouterr().out == BIG
+        assert main(["extract", "--ca", str(nginx.ca), url, str(tmp_path / "out")]) == 0
+        assert (tmp_path / "out/big").read_bytes() == BIG
+        assert main(["pack", "--ca", str(nginx.ca), url, "-o", str(tmp_path / "back.clip")]) == 0
+        assert (tmp_path / "back.clip").read_bytes() == (nginx.root / "x.clip").read_bytes()
+
+    def test_mount_by_the_url(self, nginx: Nginx, runtime: Path, tmp_path: Path) -> None:
+        (tmp_path / "mnt").mkdir()
+        url = f"{nginx.url}/x.clip"
+        done = run("python3", "-m", "clipfs.cli.helper", url, tmp_path / "mnt", "-o", f"ca={nginx.ca},cache-size=0")
+        assert done.returncode == 0, done.stderr
+        try:
+            assert (tmp_path / "mnt/big").read_bytes() == BIG
+        finally:
+            clipfs.unmount(tmp_path / "mnt")
+
+    def test_its_index_alone_is_enough_to_mount(self, nginx: Nginx, runtime: Path, tmp_path: Path) -> None:
+        """With the server down nothing can be read, but all of the tree is there."""
+        (tmp_path / "mnt").mkdir()
+        assert main(["index", "--ca", str(nginx.ca), f"{nginx.url}/x.clip", "-o", str(tmp_path / "x.clip")]) == 0
+        assert main(["check", str(tmp_path / "x.clip")]) == 0
+        nginx.__exit__()
+        with clipfs.mount(tmp_path / "x.clip", tmp_path / "mnt", options(nginx)):
+            assert (tmp_path / "mnt/hello").stat().st_size == 6
+        # The file itself may be elsewhere by now.
+        moved = options(nginx, source=str(nginx.root / "x.clip"))
+        with clipfs.mount(tmp_path / "x.clip", tmp_path / "mnt", moved):
+            assert (tmp_path / "mnt/hello").read_bytes() == b"hello\n"
+
+    def test_a_file_replaced_under_the_mount(self, nginx: Nginx, packed: Path, runtime: Path, tmp_path: Path) -> None:
+        """By other data: reads fail, and the log says why. By the same data: nobody notices."""
+        (tmp_path / "root").mkdir()
+        (tmp_path / "root/big").write_bytes(BIG[::-1])
+        clipfs.pack(tmp_path / "root", tmp_path / "other.clip")
+        clip = clipfs.index_for(f"{nginx.url}/x.clip", ca=nginx.ca)
+        (tmp_path / "mnt").mkdir()
+        for replacement, outcome in ((packed, BIG), (tmp_path / "other.clip", None)):
+            log = tmp_path / "log"
+            with clipfs.mount(clip, tmp_path / "mnt", options(nginx, log=log)):
+                assert (tmp_path / "mnt/hello").read_bytes() == b"hello\n"
+                new = Path(shutil.copy(replacement, nginx.root / "new"))
+                os.utime(new, (1, 1))
+                new.replace(nginx.root / "x.clip")
+                if outcome is not None:
+                    assert (tmp_path / "mnt/big").read_bytes() == outcome
+                    continue
+                with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+                    (tmp_path / "mnt/big").read_bytes()
+            assert "the file was replaced; take its index anew" in log.read_text()
+
+
+def honest(clip: bytes, tag: str = '"1"', **headers: str) -> Handler:
+    """A server of one file."""
+
+    def answer(request: Request) -> Reply:
+        start, end = request.range(len(clip))
+        if request.headers.get("if-range", tag) != tag:
+            return Reply(200, clip, {"ETag": tag})
+        end = min(end, len(clip))
+        given = {"Content-Range": f"bytes {start}-{end - 1}/{len(clip)}", "ETag": tag, **headers}
+        return Reply(206, clip[start:end], {name: value for name, value in given.items() if value})
+
+    return answer
+
+
+def altered(change: Callable[[Request, Reply], Reply], clip: bytes) -> Handler:
+    serve = honest(clip)
+    return lambda request: change(request, serve(request))
+
+
+async def read_all(url: str, directory: Path) -> None:
+    """Take the index from `url`, then all data."""
+    out = directory / "index.clip"
+    await trio.to_thread.run_sync(clipfs.build, url, out)
+    with clipfs.Index.open(out) as index:
+        index.check()
+        async with fetcher_for(index) as fetcher:
+            for span in index.layers[0].spans:
+                data = await fetcher.fetch(0, span.start, span.end)
+                assert len(data) == span.end - span.start
+
+
+class TestOtherServers:
+    async def test_one_that_does_as_it_should(self, content: bytes, tmp_path: Path) -> None:
+        async with serving(honest(content)) as web:
+            await read_all(f"{web.url}/x.clip", tmp_path)
+
+    async def test_one_without_validators(self, content: bytes, tmp_path: Path) -> None:
+        async with serving(honest(content, ETag="")) as web:
+            await read_all(f"{web.url}/x.clip", tmp_path)
+
+    async def test_a_connection_that_breaks_is_taken_up_again(self, content: bytes, tmp_path: Path) -> None:
+        seen: set[str] = set()
+
+        def cut(request: Request, reply: Reply) -> Reply:
+            first = request.headers.get("range", "") not in seen
+            seen.add(request.headers.get("range", ""))
+            return replace(reply, cut=100) if first else reply
+
+        async with serving(altered(cut, content)) as web:
+            await read_all(f"{web.url}/x.clip", tmp_path)
+
+    async def test_an_index_is_served_too(self, clip: Path, tmp_path: Path) -> None:
+        """One without data leads to its image, wherever it comes from."""
+        async with serving(honest(await trio.Path(clip).read_bytes())) as web:
+            await trio.to_thread.run_sync(clipfs.build, f"{web.url}/x.clip", tmp_path / "x.clip")
+        assert filecmp.cmp(clip, tmp_path / "x.clip", shallow=False)
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda _, reply: Reply(200, reply.body), "answers no range requests"),
+            (lambda *_: Reply(404), "has no https?://.*/x.clip"),
+            (lambda *_: Reply(403), "does not let anonymous users read x.clip"),
+            (lambda _, reply: replace(reply, headers={}), "does not say which bytes"),
+            (lambda _, reply: replace(reply, headers={"Content-Range": "bytes 5-9/77"}), "and sent others"),
+            (lambda _, reply: replace(reply, body=reply.body + b"x"), "sent more"),
+            (lambda *_: Reply(302, headers={"Location": "/x.clip"}), "redirects more than"),
+        ],
+    )
+    async def test_those_that_do_not(
+        self, change: Callable[[Request, Reply], Reply], words: str, content: bytes, tmp_path: Path
+    ) -> None:
+        async with serving(altered(change, content)) as web:
+            with pytest.raises(ClipfsError, match=words):
+                await read_all(f"{web.url}/x.clip", tmp_path)
+        assert files(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda clip: clip[:-1], r"is damaged: it should have [0-9]+ bytes and has [0-9]+"),
+            (lambda clip: clip[:700], "is not a .clip file"),
+            (lambda _: b"<html>" * 999, "is not a .clip file"),
+            (lambda clip: clip[:1500] + b"\xff" + clip[1501:], "is damaged: section 0 does not have its checksum"),
+            (lambda clip: clip[:30] + b"\xff" + clip[31:], "its header does not have the checksum"),
+        ],
+    )
+    async def test_files_that_are_none(
+        self, change: Callable[[bytes], bytes], words: str, content: bytes, tmp_path: Path
+    ) -> None:
+        async with serving(honest(change(content))) as web:
+            with pytest.raises(FormatError, match=words):
+                await read_all(f"{web.url}/x.clip", tmp_path)
+        assert files(tmp_path) == []
+
+    async def test_one_whose_file_changes_all_the_time(self, content: bytes, tmp_path: Path) -> None:
+        versions = iter(range(1000))
+        async with serving(honest(content)) as web:
+            await trio.to_thread.run_sync(clipfs.build, f"{web.url}/x.clip", tmp_path / "x.clip")
+            web.handler = lambda request: honest(content, f'"{next(versions)}"')(request)
+            with clipfs.Index.open(tmp_path / "x.clip") as index:
+                async with fetcher_for(index) as fetcher:
+                    with pytest.raises(SourceError, match="changes while it is read"):
+                        await fetcher.fetch(0, 0, 100)
+
+    @pytest.mark.parametrize(
+        ("url", "words"),
+        [
+            ("http://example.org/x.clip", "would be read without encryption; use https"),
+            ("https://", "a web address has the form"),
+            ("https://user:secret@example.org/x.clip", "no password in it"),
+            ("https://example.org:99999/x.clip", "a web address has the form"),
+            ("https://[::/x.clip", "a web address has the form"),
+            ("https://example.org/ x.clip", "a web address has the form"),
+        ],
+    )
+    def test_addresses_that_are_not_asked(self, url: str, words: str) -> None:
+        with pytest.raises(UsageError, match=words) as caught:
+            clipfs.index_for(url)
+        assert "secret" not in str(caught.value)
+
+    async def test_a_signature_in_the_address_stays_secret(self, content: bytes, tmp_path: Path) -> None:
+        def answer(request: Request) -> Reply:
+            return honest(content)(request) if request.target.endswith("?sig=s3cret") else Reply(404)
+
+        async with serving(answer) as web:
+            await read_all(f"{web.url}/x.clip?sig=s3cret", tmp_path)
+            web.handler = lambda _: Reply(404)
+            with clipfs.Index.open(tmp_path / "index.clip") as index:
+                fetcher = fetcher_for(index, SourceOptions())
+                async with fetcher:
+                    with pytest.raises(SourceError, match="has no http") as caught:
+                        await fetcher.fetch(0, 0, 10)
+        assert "s3cret" not in str(caught.value)
+
+    async def test_the_index_is_fetched_once(self, content: bytes, runtime: Path) -> None:
+        async with serving(honest(content)) as web:
+            once = functools.partial(clipfs.index_for, f"{web.url}/x.clip")
+            first = await trio.to_thread.run_sync(once)
+            before = len(web.requests)
+            assert await trio.to_thread.run_sync(once) == first
+            asked = [request for request in web.requests[before:] if request.path == "/x.clip"]
+            assert [request.headers["range"] for request in asked] == ["bytes=0-1023"]
+            web.handler = honest(content[:-1])
+            with pytest.raises(FormatError):
+                await trio.to_thread.run_sync(once)
