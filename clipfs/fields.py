@@ -35,6 +35,15 @@ class Fields:
         value = self.value.get(key)
         return default if value is None and default is not None else _text(value, f"{self.where}: {key}")
 
+    def number(self, key: str, most: int, default: int | None = None) -> int:
+        """A whole number from 0 to `most`; without a default it must be there."""
+        value = self.value.get(key)
+        if value is None and default is not None:
+            return default
+        if type(value) is not int or not 0 <= value <= most:
+            raise ImageError(f"{self.where}: {key} should be a number from 0 to {most}, not {quoted(repr(value))}")
+        return value
+
     def texts(self, key: str) -> tuple[str, ...]:
         """A list of strings. A bare string is a list of one: Docker once wrote Entrypoint and Cmd that way."""
         value = self.value.get(key)
@@ -82,7 +91,7 @@ def _text(value: object, where: str) -> str:
     """A string that can become an argument, a file name or a header: Unicode proper, and no NUL."""
     if not isinstance(value, str):
         raise ImageError(f"{where} should be a string, not {quoted(repr(value))}")
-    if "\0" in value or any(0xD800 <= ord(c) < 0xE000 for c in value):
+    if "\0" in value or (not value.isascii() and any(0xD800 <= ord(c) < 0xE000 for c in value)):
         raise ImageError(f"{where} has a character in it that no string can keep: {quoted(value)}")
     return value
 

@@ -30,8 +30,9 @@ SYMLINK = b"2"
 CHARACTER = b"3"
 BLOCK_DEVICE = b"4"
 DIRECTORY = b"5"
+FIFO = b"6"
 SPARSE = b"S"
-_MODES = {
+MODES = {
     REGULAR: stat.S_IFREG,
     SPARSE: stat.S_IFREG,
     LINK: stat.S_IFREG,
@@ -39,7 +40,7 @@ _MODES = {
     CHARACTER: stat.S_IFCHR,
     BLOCK_DEVICE: stat.S_IFBLK,
     DIRECTORY: stat.S_IFDIR,
-    b"6": stat.S_IFIFO,
+    FIFO: stat.S_IFIFO,
 }
 
 # A .clip addresses 2^32 blocks of 4 KiB.
@@ -152,13 +153,13 @@ class Header:
         """The member that this header and PAX records, `said`, describe; size and segments are left to the caller."""
         kind = self._member_kind(name)
         member = Member(
-            path=_cleaned(name),
-            mode=_MODES[kind] | numeric(self._mode) & 0o7777,
-            uid=_identity(said_number(said, b"uid", self._uid)),
-            gid=_identity(said_number(said, b"gid", self._gid)),
+            path=cleaned(name),
+            mode=MODES[kind] | numeric(self._mode) & 0o7777,
+            uid=checked_id(said_number(said, b"uid", self._uid)),
+            gid=checked_id(said_number(said, b"gid", self._gid)),
             mtime_ns=_time(said.get(b"mtime"), self._mtime),
             size=0,
-            link=_link_target(kind, said.get(b"linkpath") or _text(self._link)),
+            link=link_target(kind, said.get(b"linkpath") or _text(self._link)),
             hardlink=kind == LINK,
             rdev=self._rdev() if kind in (CHARACTER, BLOCK_DEVICE) else 0,
             xattrs=xattrs(said) or NO_XATTRS,
@@ -173,17 +174,14 @@ class Header:
         if self.kind == b"\0":
             return DIRECTORY if name.endswith(b"/") else REGULAR
         kind = REGULAR if self.kind == b"7" else self.kind
-        if kind not in _MODES:
+        if kind not in MODES:
             raise ImageError(f"its type {shown(kind)} is none that a layer may have")
         return kind
 
     def _rdev(self) -> int:
         if not self.magic.startswith(USTAR[:5]):
             return 0
-        major, minor = numeric(self._major), numeric(self._minor)
-        if not (0 <= major <= MAX_MAJOR and 0 <= minor <= MAX_MINOR):
-            raise ImageError(f"its device number {major}:{minor} is not one of Linux, which end at 4095:1048575")
-        return os.makedev(major, minor)
+        return device(numeric(self._major), numeric(self._minor))
 
 
 def entry_of(member: Member) -> Entry | None:
@@ -203,7 +201,7 @@ def entry_of(member: Member) -> Entry | None:
     return Whiteout(parent + b"/" + name if parent else name, member.offset)
 
 
-def _cleaned(name: bytes) -> bytes:
+def cleaned(name: bytes) -> bytes:
     """A name from an archive as a path below the root."""
     parts: list[bytes] = []
     if len(name) > 2 * MAX_PATH:  # no archiver's dots and slashes make up half of a name
@@ -223,14 +221,21 @@ def _cleaned(name: bytes) -> bytes:
     return path
 
 
-def _link_target(kind: bytes, target: bytes) -> bytes:
+def link_target(kind: bytes, target: bytes) -> bytes:
+    """What a member of this kind links to, b"" for one that is no link."""
     if kind == LINK:
-        return _cleaned(target)
+        return cleaned(target)
     if kind != SYMLINK:
         return b""
     if not 0 < len(target) <= MAX_PATH or b"\0" in target:
         raise ImageError(f"its target is not one that a symlink can have, 1 to {MAX_PATH} bytes without a NUL")
     return target
+
+
+def device(major: int, minor: int) -> int:
+    if not (0 <= major <= MAX_MAJOR and 0 <= minor <= MAX_MINOR):
+        raise ImageError(f"its device number {major}:{minor} is not one of Linux, which end at 4095:1048575")
+    return os.makedev(major, minor)
 
 
 def said_number(said: Mapping[bytes, bytes], key: bytes, field: bytes) -> int:
@@ -239,14 +244,17 @@ def said_number(said: Mapping[bytes, bytes], key: bytes, field: bytes) -> int:
     return decimal(value) if value else numeric(field)
 
 
-def _identity(number: int) -> int:
+def checked_id(number: int) -> int:
     if not 0 <= number <= MAX_ID:
         raise ImageError(f"its owner or group {number} is not between 0 and {MAX_ID}")
     return number
 
 
 def _time(value: bytes | None, field: bytes) -> int:
-    time = timestamp(value) if value else numeric(field) * 1_000_000_000
+    return checked_time(timestamp(value) if value else numeric(field) * 1_000_000_000)
+
+
+def checked_time(time: int) -> int:
     if abs(time) > MAX_TIME:
         raise ImageError(f"its modification time, {time // 1_000_000_000} s, is more than 292 years from 1970")
     return time

@@ -84,6 +84,12 @@ class LayoutBuilder:
         self._diff_ids.append(f"sha256:{hashlib.sha256(data).hexdigest()}")
         return self
 
+    def raw_layer(self, blob: bytes, tar: bytes, media_type: str, annotations: Mapping[str, str]) -> Self:
+        """Add a layer that is compressed already; `tar` is what it is of."""
+        self._layers.append(self._blob(blob, media_type) | {"annotations": dict(annotations)})
+        self._diff_ids.append(f"sha256:{hashlib.sha256(tar).hexdigest()}")
+        return self
+
     def config(
         self,
         *,
