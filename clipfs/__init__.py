@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from clipfs.index import Index
     from clipfs.mounter import Mount, MountOptions, gc, mount, mounts, unmount
     from clipfs.oci import Digest, ImageConfig, Manifest, Platform, Reference
+    from clipfs.packer import PackReport, pack
 
 _HOME = {
     "AuthError": "errors",
@@ -48,6 +49,7 @@ _HOME = {
     "Mount": "mounter",
     "MountError": "errors",
     "MountOptions": "mounter",
+    "PackReport": "packer",
     "Platform": "oci",
     "Reference": "oci",
     "SourceError": "errors",
@@ -58,6 +60,7 @@ _HOME = {
     "index_for": "builder",
     "mount": "mounter",
     "mounts": "mounter",
+    "pack": "packer",
     "unmount": "mounter",
 }
 
@@ -75,6 +78,7 @@ __all__ = [
     "Mount",
     "MountError",
     "MountOptions",
+    "PackReport",
     "Platform",
     "Reference",
     "SourceError",
@@ -85,6 +89,7 @@ __all__ = [
     "index_for",
     "mount",
     "mounts",
+    "pack",
     "unmount",
 ]
 

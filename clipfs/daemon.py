@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from clipfs import errors, mountinfo
+from clipfs import log as logs
 from clipfs.errors import ClipfsError, MountError
 from clipfs.options import MountOptions
 from clipfs.state import MountRecord, Process, records, remove_files
@@ -143,7 +144,7 @@ def _serve(clip: Path, mountpoint: str, options: MountOptions, writing: int) -> 
         log.info("serving %s on %s", record.clip, record.mountpoint)
 
     try:
-        _let_go_of_parent(options.log, keep=writing)
+        _let_go_of_parent(options.log, options.log_format, keep=writing)
         # Only now: what this imports makes loops and threads that must not be shared by a fork.
         from clipfs.session import serve
 
@@ -166,7 +167,7 @@ def _told(error: BaseException) -> tuple[str, str]:
     return "MountError", f"a bug in clipfs, please report it: {type(error).__name__}: {error}"
 
 
-def _let_go_of_parent(logfile: Path | None, keep: int) -> None:
+def _let_go_of_parent(logfile: Path | None, form: str, keep: int) -> None:
     """Give up what a fork hands down: directory, signal handlers, ways of logging, and every descriptor."""
     os.chdir("/")
     signal.set_wakeup_fd(-1)
@@ -188,6 +189,4 @@ def _let_go_of_parent(logfile: Path | None, keep: int) -> None:
         elif descriptor not in (null, out, keep) and os.path.exists(f"/proc/self/fd/{descriptor}"):
             os.dup2(null, descriptor)
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  for as long as the process lives
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO, stream=sys.stderr, force=True
-    )
+    logs.to_stream(sys.stderr, logging.INFO, form=form)

@@ -11,14 +11,15 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pyfuse3
 import trio
 
-from clipfs import mountinfo, state
+from clipfs import loop, mountinfo, reporter, state
+from clipfs.aside import written_aside
 from clipfs.blocks import trace
 from clipfs.blocks.counters import Counters
 from clipfs.blocks.disk import DiskCache
@@ -27,8 +28,10 @@ from clipfs.blocks.reader import BlockReader, Tiers
 from clipfs.errors import ClipfsError, MountError
 from clipfs.fs import ClipFS
 from clipfs.index import Index
+from clipfs.log import Listener
 from clipfs.options import MountOptions
-from clipfs.sources.fetcher import LayerFetcher, SourceOptions
+from clipfs.sources.fetcher import SourceOptions
+from clipfs.sources.packed import fetcher_for
 from clipfs.state import MountRecord, Process
 
 log = logging.getLogger(__name__)
@@ -61,7 +64,7 @@ async def _serve(
     index: Index, record: MountRecord, options: MountOptions, on_ready: Callable[[MountRecord], None]
 ) -> None:
     access = SourceOptions(name=record.source, insecure=options.insecure, authfile=options.authfile, ca=options.ca)
-    fetcher = LayerFetcher(index.source, index.manifest, access)
+    fetcher = fetcher_for(index, access)
     reader = BlockReader(
         index,
         fetcher,
@@ -72,8 +75,8 @@ async def _serve(
     planned = _planned(index, options)
     # A terminal that goes away is no reason to take a file system from under its users.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        _open_session(ClipFS(index, reader), record.mountpoint, _fuse_options(record.clip, options))
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals, _observed(index, record, reader, options):
+        _open_session(ClipFS(index, reader), record.mountpoint, _fuse_options(options.name or record.clip, options))
         unmounted = False
         try:
             record = replace(record, device=mountinfo.device_at(record.mountpoint))
@@ -82,6 +85,7 @@ async def _serve(
             async with fetcher, reader, trio.open_nursery() as nursery:
                 nursery.start_soon(_cancel_on_signal, signals, nursery.cancel_scope)
                 nursery.start_soon(reader.prefetch, planned, options.prefetch, _AHEAD_AT_ONCE)
+                loop.install()
                 await pyfuse3.main(max_tasks=_TASKS)
                 # It returns when the kernel has ended the session. From here on the mountpoint may be somebody else's.
                 unmounted = True
@@ -90,6 +94,8 @@ async def _serve(
             # Closing aborts the connection, so that unmounting cannot wait for answers that we no longer give.
             pyfuse3.close(unmount=False)
             _save_trace(index, reader)
+            if options.report is not None:
+                _save_report(index, record, reader.counters, options.report)
             if not unmounted:
                 mountinfo.detach_dead(record.mountpoint, record.device)
 
@@ -131,8 +137,32 @@ def _save_trace(index: Index, reader: BlockReader) -> None:
         log.warning("cannot keep the trace of this run: %s", error)
 
 
+@contextmanager
+def _observed(index: Index, record: MountRecord, reader: BlockReader, options: MountOptions) -> Iterator[None]:
+    """While the mount is served: what is logged goes into the journal too, and who wants to may read the counters."""
+    with ExitStack() as stack:
+        stack.enter_context(Listener(reader.journal.said, reader.counters.retried))
+        if options.metrics is not None:
+            # Late, for few ask for it.
+            from clipfs import metrics
+
+            image_bytes = sum(layer.size for layer in index.layers)
+            labels = {"mountpoint": record.mountpoint, "clip": record.clip, "source": record.source}
+            stack.enter_context(metrics.served(options.metrics, reader.counters.asdict, image_bytes, labels))
+        yield
+
+
+def _save_report(index: Index, record: MountRecord, counters: Counters, path: Path) -> None:
+    try:
+        report = reporter.of_mount(index, record, counters.asdict(), serving=False)
+        with written_aside(path) as aside:
+            aside.write_text(report.to_json())
+    except (ClipfsError, OSError) as error:
+        log.warning("cannot write the report %s: %s", path, error)
+
+
 def _trace_path(index: Index) -> Path:
-    return state.cache_dir() / "traces" / f"{index.manifest.digest.hex}.trace"
+    return state.cache_dir() / "traces" / f"{index.spans_digest}.trace"
 
 
 async def _cancel_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
@@ -150,10 +180,10 @@ def _open_session(ops: ClipFS, mountpoint: str, options: set[str]) -> None:
             raise MountError(f"cannot mount on {mountpoint}: {why}") from None
 
 
-def _fuse_options(clip: str, options: MountOptions) -> set[str]:
-    # Commas and backslashes mean something in a list of options, and pyfuse3 wants ASCII. The name is for people only.
-    name = clip.encode("ascii", "replace").decode().replace("\\", "\\\\").replace(",", "\\,")
-    chosen = {"ro", "default_permissions", f"fsname={name}", "subtype=clipfs"}
+def _fuse_options(name: str, options: MountOptions) -> set[str]:
+    # Commas and backslashes mean something in a list of options, and pyfuse3 wants ASCII.
+    fsname = name.encode("ascii", "replace").decode().replace("\\", "\\\\").replace(",", "\\,")
+    chosen = {"ro", "default_permissions", f"fsname={fsname}", "subtype=clipfs"}
     chosen.add("suid" if options.suid else "nosuid")
     chosen.add("dev" if options.dev else "nodev")
     if options.noexec:

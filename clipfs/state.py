@@ -32,8 +32,12 @@ def cache_dir() -> Path:
         return _private(Path(given))
     if os.geteuid() == 0:
         return _private(Path("/var/cache/clipfs"))
-    home = os.environ.get("XDG_CACHE_HOME")
-    return _private(Path(home) / "clipfs" if home else Path.home() / ".cache" / "clipfs")
+    if home := os.environ.get("XDG_CACHE_HOME"):
+        return _private(Path(home) / "clipfs")
+    try:
+        return _private(Path.home() / ".cache" / "clipfs")
+    except RuntimeError:
+        raise ClipfsError(f"uid {os.geteuid()} has no home to keep a cache in; set HOME or CLIPFS_CACHE") from None
 
 
 def scratch_dir() -> Path:
@@ -143,8 +147,8 @@ def records() -> list[MountRecord]:
 
 
 def remove_files(process: Process) -> None:
-    """Remove all that is kept here about a process."""
-    for file in _mounts_dir().glob(f"{process}.*"):
+    """Remove all that is kept here about a process; its record last, so that what has no record has nothing."""
+    for file in sorted(_mounts_dir().glob(f"{process}.*"), key=lambda file: file.suffix == ".json"):
         file.unlink(missing_ok=True)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from clipfs.builder import build
 from clipfs.cli.options import platform_of
 from clipfs.cli.progress import progress, size
+from clipfs.options import byte_count
 
 
 def index(args: argparse.Namespace) -> int:
@@ -23,6 +24,7 @@ def index(args: argparse.Namespace) -> int:
         insecure=args.insecure,
         authfile=args.authfile,
         ca=args.ca,
+        span_size=byte_count(args.span_size, "--span-size"),
     )
     for warning in report.warnings:
         print(f"clipfs: {warning}", file=sys.stderr)

@@ -17,7 +17,8 @@ from clipfs.codec import decode
 from clipfs.errors import IntegrityError, UsageError
 from clipfs.extractor import extract as unpack
 from clipfs.index import Index
-from clipfs.sources.fetcher import LayerFetcher, SourceOptions
+from clipfs.sources.fetcher import SourceOptions
+from clipfs.sources.packed import Fetcher, fetcher_for
 
 # Spans that are fetched and decoded at the same time by `check --data`: both cores busy, memory below 100 MiB.
 _CHECKERS = 4
@@ -64,7 +65,7 @@ async def _check_data(index: Index, args: argparse.Namespace) -> int:
     shown.begin("verifying", sum(layer.diff_size for layer in index.layers))
     jobs, feed = trio.open_memory_channel[tuple[int, int]](0)
 
-    async def work(fetcher: LayerFetcher, feed: trio.MemoryReceiveChannel[tuple[int, int]]) -> None:
+    async def work(fetcher: Fetcher, feed: trio.MemoryReceiveChannel[tuple[int, int]]) -> None:
         nonlocal verified
         async with feed:
             async for number, at in feed:
@@ -103,5 +104,5 @@ def _access(args: argparse.Namespace) -> SourceOptions:
     return SourceOptions(name=args.source, insecure=args.insecure, authfile=args.authfile, ca=args.ca)
 
 
-def _fetcher(index: Index, args: argparse.Namespace) -> LayerFetcher:
-    return LayerFetcher(index.source, index.manifest, _access(args))
+def _fetcher(index: Index, args: argparse.Namespace) -> Fetcher:
+    return fetcher_for(index, _access(args))

@@ -28,7 +28,7 @@ def inspect(args: argparse.Namespace) -> int:
     print(f"manifest    {facts['manifest']}")
     print(f"platform    {facts['platform']}")
     print(f"inodes      {facts['inodes']}, {size(facts['data_size'])} of file data")
-    print(f"index       {size(facts['clip_size'])}, {facts['clip']}")
+    print(f"{'packed' if facts['packed'] else 'index ':12}{size(facts['clip_size'])}, {facts['clip']}")
     print(f"command     {' '.join(config['entrypoint'] + config['cmd']) or '(none)'}")
     print(f"user        {config['user'] or 'root'}, in {config['working_dir'] or '/'}")
     for layer in facts["layers"]:
@@ -45,6 +45,7 @@ def _facts(index: Index) -> dict[str, Any]:
         "clip": str(index.path),
         "clip_size": os.path.getsize(index.path),
         "source": index.source,
+        "packed": index.carries_data,
         "manifest": str(index.manifest.digest),
         "platform": f"{config.os}/{config.architecture}",
         "inodes": index.inodes,

@@ -16,41 +16,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import clipfs
+from clipfs.cli import texts
 from clipfs.errors import ClipfsError, UsageError
+from clipfs.log import to_terminal
 
 _log = logging.getLogger(__name__)
-
-_IMAGE_NAMES = """\
-X is a .clip file, made by `clipfs index`, or the name of an image, which is indexed first if it was not before.
-An image is named as skopeo names it:
-  docker://HOST/REPO[:TAG|@DIGEST]   a registry; a bare reference such as debian:12 means this
-  oci:DIR[:TAG]                      an OCI image layout
-  oci-archive:FILE[:TAG]             the same in a tar file
-  docker-archive:FILE[:TAG]          what `docker save` writes
-"""
-
-_MOUNT_OPTIONS = """\
-options of -o, as mount(8) has them in fstab:
-  cache=SIZE       decoded data kept in memory (default 64M)
-  cache-dir=DIR, cache-size=SIZE, cache-compression=zstd|none, prefetch=trace|all|none|FILE
-                   as the options of those names
-  allow_other      others may look in; the default if root mounts
-  log=FILE         what the serving process has to say
-  source=IMAGE     where the bytes are, if not where the index says
-  authfile=FILE, ca=FILE, insecure   as --authfile, --ca, --insecure
-  suid, dev        honour setuid bits and devices in this mount itself
-  noexec           run no programs from it
-
-"""
-
-_EXAMPLES = """\
-examples:
-  clipfs run -it debian:12 bash               a shell in an image that stays in the registry
-  clipfs index oci:./app:v1 -o app.clip       make the index once …
-  clipfs mount app.clip /mnt                  … mount it anywhere, without the image
-  clipfs ls -l app.clip /etc                  look inside
-  clipfs umount /mnt
-"""
 
 
 # 128 + SIGINT and 128 + SIGPIPE, as shells have it; EX_IOERR of sysexits(3).
@@ -77,7 +47,6 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code is the command's own for ``run`` and the error's kind otherwise."""
     _open_closed_streams()
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _obey(words)
@@ -99,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _obey(words: list[str]) -> int:
     args = _parser().parse_args(words)
-    logging.getLogger().setLevel({0: logging.WARNING, 1: logging.INFO}.get(args.verbose, logging.DEBUG))
+    to_terminal(sys.stderr, {0: logging.WARNING, 1: logging.INFO}.get(args.verbose, logging.DEBUG))
     command = import_module(f"clipfs.cli.{args.module}")
     try:
         code: int = getattr(command, args.call)(args)
@@ -144,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="clipfs",
         description="Mount and run container images without downloading or unpacking them.",
-        epilog=_EXAMPLES,
+        epilog=texts.EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"clipfs {clipfs.__version__}")
@@ -153,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_image_commands(commands)
     _add_mount_commands(commands)
     _add_run(commands)
+    _add_telling_commands(commands)
     return parser
 
 
@@ -160,7 +130,7 @@ Commands = argparse._SubParsersAction  # noqa: SLF001  argparse gives the type n
 
 
 def _command(
-    commands: Commands[_Parser], name: str, module: str, summary: str, *, epilog: str = _IMAGE_NAMES
+    commands: Commands[_Parser], name: str, module: str, summary: str, *, epilog: str = texts.IMAGE_NAMES
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -191,13 +161,28 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cache-size", metavar="SIZE", help="of it at most (default: a tenth of the disk; 0 for none)")
     group.add_argument("--cache-compression", choices=("zstd", "none"), help="default: zstd")
     group.add_argument("--prefetch", metavar="trace|all|none|FILE", help="default: trace, what earlier runs needed")
+    group = parser.add_argument_group("what is told")
+    group.add_argument("--report", metavar="FILE", help="keep what was fetched and why, for `clipfs explain FILE`")
+    group.add_argument("--metrics", metavar="[HOST:]PORT", help="serve counters for Prometheus here")
 
 
 def _add_image_commands(commands: Commands[_Parser]) -> None:
     parser = _command(commands, "index", "build", "make the .clip index of an image")
     parser.add_argument("image", metavar="IMAGE", help="its name, see below")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to (default: NAME.clip here)")
+    parser.add_argument("--span-size", default="4M", metavar="SIZE", help="decoded at a time (default: 4M)")
     _add_source_options(parser)
+
+    parser = _command(
+        commands,
+        "pack",
+        "pack",
+        "put an image into one file that carries its data",
+        epilog=texts.PACKED + texts.IMAGE_NAMES,
+    )
+    parser.add_argument("target", metavar="X", help="as below, or a directory that holds a root file system")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to (default: NAME.packed.clip here)")
+    _add_source_options(parser, reads=True)
 
     parser = _command(commands, "inspect", "look", "say what an image is made of")
     parser.add_argument("target", metavar="X", help=_X)
@@ -229,7 +214,7 @@ def _add_image_commands(commands: Commands[_Parser]) -> None:
 
 def _add_mount_commands(commands: Commands[_Parser]) -> None:
     parser = _command(
-        commands, "mount", "mounts", "mount an image on a directory", epilog=_MOUNT_OPTIONS + _IMAGE_NAMES
+        commands, "mount", "mounts", "mount an image on a directory", epilog=texts.MOUNT_OPTIONS + texts.IMAGE_NAMES
     )
     parser.add_argument("target", metavar="X", help=_X)
     parser.add_argument("directory", metavar="DIR", type=Path, help="where; it must exist")
@@ -245,6 +230,27 @@ def _add_mount_commands(commands: Commands[_Parser]) -> None:
 
     parser = _command(commands, "gc", "mounts", "clean up what killed processes left behind", epilog="")
     parser.add_argument("--base", type=Path, metavar="DIR", help="where containers live (default: as `clipfs run`)")
+
+
+def _add_telling_commands(commands: Commands[_Parser]) -> None:
+    parser = _command(
+        commands,
+        "explain",
+        "explain",
+        "say what a mount has fetched, when, why and for which files",
+        epilog=texts.EXPLAIN,
+    )
+    parser.add_argument("target", metavar="DIR|FILE", help="where it is mounted, or a report that was kept")
+    parser.add_argument("--json", action="store_true", help="for programs; this is what a report is")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a picture of the layers")
+
+    parser = _command(
+        commands, "cache", "cache", "look after the decoded data that is kept on disk", epilog=texts.CACHE
+    )
+    parser.add_argument("what", choices=("ls", "gc", "prune", "verify"), metavar="ls|gc|prune|verify", help="see below")
+    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="default: as `clipfs mount`")
+    parser.add_argument("--cache-size", metavar="SIZE", help="for ls and gc: the limit (default: as `clipfs mount`)")
+    parser.add_argument("--json", action="store_true", help="for programs")
 
 
 def _add_run(commands: Commands[_Parser]) -> None:

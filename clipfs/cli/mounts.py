@@ -11,7 +11,7 @@ import assembler
 from clipfs import mounter
 from clipfs.cli.options import clip_of, containers_dir
 from clipfs.errors import UsageError
-from clipfs.options import MountOptions, byte_count, parse, prefetch
+from clipfs.options import MountOptions, byte_count, endpoint, parse, prefetch, report_path
 
 
 def mount(args: argparse.Namespace) -> int:
@@ -42,6 +42,8 @@ def mount_options(args: argparse.Namespace, text: str) -> MountOptions:
         cache_size=byte_count(args.cache_size, "--cache-size") if args.cache_size else options.cache_size,
         cache_compression=args.cache_compression != "none" if args.cache_compression else options.cache_compression,
         prefetch=prefetch(args.prefetch) if args.prefetch else options.prefetch,
+        report=report_path(args.report) if args.report else options.report,
+        metrics=endpoint(args.metrics) if args.metrics else options.metrics,
     )
 
 

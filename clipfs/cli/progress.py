@@ -8,6 +8,9 @@ import time
 from typing import TextIO
 
 from clipfs.builder import Progress, Silent
+from clipfs.wording import size
+
+__all__ = ["progress", "size"]
 
 # Redrawing more often than this only costs time: nobody reads faster.
 _INTERVAL = 0.1
@@ -54,12 +57,3 @@ class _Line:
         rate = f"  {size(self._done / seconds)}/s" if seconds > _INTERVAL else ""
         self._stream.write(f"\r\x1b[K{self._what} {bar} {share:4.0%} of {size(self._total)}{rate}")
         self._stream.flush()
-
-
-def size(count: float) -> str:
-    """A byte count for a person, in binary units: 1536 is ``1.5 KiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
