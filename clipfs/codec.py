@@ -25,12 +25,19 @@ HEAD = 512
 # The largest span that is read, so that a hostile index cannot ask for memory at will. Scanning makes at most half.
 MAX_SPAN = 64 << 20
 
+# The most compressed bytes that are fetched to decode one span. Only what igzip writes at its lowest level, a layer of
+# one deflate block, comes near it.
+MAX_FETCH = 512 << 20
+
 # Compressed bytes given to the decoder at a time: what lies behind the end of a gzip member is copied, so this bounds
 # what a span of many tiny members costs.
 _PIECE = 64 << 10
 
 # Decoded bytes thrown away at a time, and what a zstd frame's output is collected in.
 _DISCARD = 1 << 20
+
+# The first byte of a gzip header.
+_MAGIC = b"\x1f"
 
 # isal's stubs declare its error class as an instance.
 _IsalError = cast("type[Exception]", isal_zlib.IsalError)
@@ -84,6 +91,8 @@ def decode(codec: Codec, span: Span, data: bytes | memoryview) -> bytes:
     where = f"bytes {span.start} to {span.end} of the layer"
     if span.length > MAX_SPAN:
         raise IntegrityError(f"the index says that {where} decode to {span.length} bytes, more than any span may")
+    if not 0 <= span.bit < 8:
+        raise IntegrityError(f"the index says that {where} begin at bit {span.bit} of a byte")
     if len(data) != span.end - span.start:
         raise IntegrityError(f"{where} were asked for, {len(data)} bytes came")
     try:
@@ -130,10 +139,12 @@ def _copy(span: Span, data: bytes | memoryview) -> bytes:
 
 
 def _gunzip(span: Span, data: bytes | memoryview) -> bytes:
-    """A span begins at a deflate block; gzip headers occur only where another member begins inside it."""
+    """A span begins at a deflate block or at the header of a gzip member. No block begins with the first byte of a
+    header, whose lowest three bits would make it one of a type that is reserved."""
     stream = memoryview(primed(span.bit, data))
     decoder = isal_zlib.decompressobj(wbits=-zlib.MAX_WBITS, zdict=span.window)
-    pieces, at, skip, wanted = [], 0, span.skip, span.length
+    pieces, skip, wanted = [], span.skip, span.length
+    at = header_end(stream) if span.bit == 0 and stream[:1] == _MAGIC else 0
     while wanted:
         fed = stream[at : at + _PIECE]
         try:

@@ -66,8 +66,7 @@ def header_end(data: bytes | memoryview, start: int = 0) -> int:
         at += 2 + int.from_bytes(view[10:12], "little")
     for flag in (_FNAME, _FCOMMENT):
         if flags & flag:
-            zero = bytes(view[at:]).find(0)
-            at = at + zero + 1 if zero >= 0 else len(view) + 1
+            at = _after_zero(view, at)
     if flags & _FHCRC:
         at += 2
         if at <= len(view) and int.from_bytes(view[at - 2 : at], "little") != zlib.crc32(view[: at - 2]) & 0xFFFF:
@@ -77,14 +76,25 @@ def header_end(data: bytes | memoryview, start: int = 0) -> int:
     return start + at
 
 
-def primed(bit: int, data: bytes | memoryview) -> bytes:
+def _after_zero(view: memoryview, at: int) -> int:
+    """The place behind the first zero from `at` on; beyond the end if there is none. Copies little: names are short."""
+    step = 64
+    while at < len(view):
+        zero = bytes(view[at : at + step]).find(0)
+        if zero >= 0:
+            return at + zero + 1
+        at, step = at + step, step * 4
+    return len(view) + 1
+
+
+def primed(bit: int, data: bytes | memoryview) -> bytes | memoryview:
     """A deflate stream whose output begins with block boundary `bit` bits into `data`.
 
     Shifting the data would break stored blocks, which are aligned to bytes. So a prefix of empty blocks ends exactly
     on the boundary's bit instead, and the low bits of data's first byte, the block before, are replaced by it.
     """
     if bit == 0 or not data:
-        return bytes(data)
+        return data
     prefix = bytearray(_prefix(bit))
     prefix[-1] |= data[0] >> bit << bit
     return bytes(prefix) + data[1:]

@@ -63,6 +63,11 @@ class Ledger:
         self._position = 0
         self.length = 0
 
+    @property
+    def start(self) -> int:
+        """The compressed byte that decoding of the span under way begins at."""
+        return self._seek.start
+
     def begin(self, seek: Seek) -> None:
         """Decoding can begin here. Only a span that holds nothing yet makes use of it."""
         if not self.length:

@@ -19,7 +19,20 @@ from typing import overload
 import zstandard
 
 from clipfs.errors import FormatError
-from clipfs.format import ALGORITHMS, LAYER, MAX_WINDOW, PLACE_BITS, SPAN, Codec, Header, Kind, Layer, Section, Span
+from clipfs.format import (
+    ALGORITHMS,
+    LAYER,
+    MAX_SKIP,
+    MAX_WINDOW,
+    PLACE_BITS,
+    SPAN,
+    Codec,
+    Header,
+    Kind,
+    Layer,
+    Section,
+    Span,
+)
 from clipfs.oci import Digest
 
 _OFFSET_MASK = (1 << PLACE_BITS) - 1
@@ -72,7 +85,7 @@ class SpanTable(Sequence[Span]):
             start <= end <= self._size
             and 0 < length <= self._diff_size - position
             and (bit < 8 if self._codec is Codec.GZIP else not bit and not window_length)
-            and (not skip or (self._codec is not Codec.RAW and skip <= position))
+            and (not skip or (self._codec is not Codec.RAW and skip <= max(position, MAX_SKIP)))
         ):
             raise FormatError(f"{self._name} is damaged: span {number} of a layer is outside of it")
         window = self._window(window_at, window_length) if window_length else b""

@@ -15,10 +15,13 @@ from clipfs.errors import ClipfsError
 
 # requests that were answered, bytes in those answers; ranges fetched, compressed bytes in them; requests answered from
 # memory at once, those that had to wait; spans decoded; blocks that came from the disk; spans whose bytes were wrong at
-# first; compressed bytes that were fetched before anybody asked for them.
+# first; compressed bytes that were fetched before anybody asked for them; bytes that spans were decoded to; of the
+# requests that had to wait, those that the disk answered and those that a source did; requests that failed; attempts
+# at a source that were made again.
 NAMES = (
     *("requests", "bytes_served", "fetches", "bytes_fetched", "hits", "misses", "spans_decoded"),
-    *("disk_blocks", "spans_refetched", "bytes_ahead"),
+    *("disk_blocks", "spans_refetched", "bytes_ahead", "bytes_decoded", "disk_hits", "source_hits", "failures"),
+    "retries",
 )
 
 _SIZE = 8 * len(NAMES)
@@ -66,12 +69,24 @@ class Counters:
         numbers[1] += length
         numbers[4] += 1
 
-    def missed(self, length: int) -> None:
-        """A request was answered after waiting."""
+    def missed(self, length: int, *, tier: str) -> None:
+        """A request was answered after waiting; tier: the slowest that it needed, memory, disk or source."""
         numbers = self._numbers
         numbers[0] += 1
         numbers[1] += length
         numbers[5] += 1
+        if tier == "disk":
+            numbers[11] += 1
+        elif tier == "source":
+            numbers[12] += 1
+
+    def failed(self) -> None:
+        """A request could not be answered."""
+        self._numbers[13] += 1
+
+    def retried(self) -> None:
+        """An attempt at a source failed, and another one is made."""
+        self._numbers[14] += 1
 
     def fetched(self, length: int, *, ahead: bool = False) -> None:
         """A range of compressed bytes came."""
@@ -80,9 +95,10 @@ class Counters:
         if ahead:
             self._numbers[9] += length
 
-    def decoded(self) -> None:
-        """A span was decoded and verified."""
+    def decoded(self, length: int) -> None:
+        """A span was decoded to this many bytes and verified."""
         self._numbers[6] += 1
+        self._numbers[10] += length
 
     def from_disk(self, blocks: int) -> None:
         """Blocks came from the disk cache."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import struct
@@ -226,12 +227,31 @@ class DiskCache:
                 found = path.stat()
                 yield Stored(path.parent.name + path.name, _on_disk(found.st_size), found.st_mtime, path)
 
-    def trim(self, limit: int) -> int:
-        """Evict until `limit` bytes are left, and remove what dead writers left. Returns the bytes that are left."""
+    def verify(self, digest: str) -> bool:
+        """Read a span whole. False, and it is gone, if it is damaged."""
+        name, hasher = bytes.fromhex(digest), hashlib.sha256()
+        path = self._path(name)
+        try:
+            # Not by `_entry`, for looking after a span is no use of it.
+            entry = Entry(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), name)
+            for number in range(len(entry)):
+                hasher.update(entry.read(number, wait=True))
+            good = hasher.digest() == name
+        except (FileNotFoundError, OutdatedError):
+            return True  # evicted a moment ago, or replaced when somebody needs it
+        except (DamagedError, OSError):
+            good = False  # what cannot be read is of no more use than what is wrong
+        if not good:
+            self._remove(name)
+        return good
+
+    def trim(self, limit: int, *, stale: float = _STALE) -> int:
+        """Evict until `limit` bytes are left, and remove what dead writers left `stale` seconds ago or earlier. Returns
+        the bytes that are left."""
         now = time.time()
         for part in self.directory.glob(f"{_NAMES}.part"):
             with contextlib.suppress(OSError):
-                if now - part.stat().st_mtime > _STALE:
+                if now - part.stat().st_mtime >= stale:
                     claim = self.claim(bytes.fromhex(part.parent.name + part.stem))
                     if claim is not None:
                         claim.release()

@@ -23,8 +23,8 @@ from clipfs.blocks.frames import Frames
 from clipfs.blocks.journal import Journal
 from clipfs.blocks.keeper import Keeper
 from clipfs.blocks.plan import BLOCK, LayerView
-from clipfs.codec import decode
-from clipfs.errors import ClipfsError, IntegrityError, SourceError
+from clipfs.codec import MAX_FETCH, decode
+from clipfs.errors import ClipfsError, FormatError, IntegrityError, SourceError
 from clipfs.format import Codec, Span
 
 # Ranges under way at once, for those who wait and for those who may want them later. Each holds its compressed and
@@ -188,6 +188,8 @@ class Flights:
 
     async def _fetch(self, group: list[Flight], start: int, end: int, why: str) -> bytes:
         layer, began = group[0].layer, time.monotonic()
+        if not 0 <= end - start <= MAX_FETCH:
+            raise FormatError(f"the index is damaged: bytes {start} to {end} of layer {layer} are no range to fetch")
         data = await self._fetcher.fetch(layer, start, end)
         if len(data) != end - start:
             raise SourceError(f"{end - start} bytes of layer {layer} were asked for, {len(data)} came")
@@ -219,7 +221,7 @@ class Flights:
     async def _decoded(self, flight: Flight, data: memoryview) -> list[bytes]:
         codec = self._layers[flight.layer].codec
         blocks = await trio.to_thread.run_sync(_decode, codec, flight.span, data, limiter=self.decoders)
-        self._counters.decoded()
+        self._counters.decoded(flight.span.length)
         return blocks
 
     async def _bring_forward(self, group: list[Flight], claims: dict[int, Claim], why: str) -> None:
@@ -240,7 +242,7 @@ class Flights:
                     self._distrust(layer, numbers.start, error)
                     continue
                 for number, blocks in found:
-                    self._counters.decoded()
+                    self._counters.decoded(sum(map(len, blocks)))
                     await self._passed(layer, number, blocks, claims.pop(number, None))
 
     async def _passed(self, layer: int, number: int, blocks: list[bytes], claim: Claim | None) -> None:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from clipfs.errors import ClipfsError
 
 # A line has some hundred bytes.
-_MOST = 16 << 20
+MOST = 16 << 20
 
 
 class Journal:
@@ -39,12 +39,19 @@ class Journal:
         """A span's bytes were wrong and are fetched again."""
         self._write(event="refetch", layer=layer, first=number, last=number, reason=reason)
 
-    def wanted(self, layer: int, number: int, address: int) -> None:
-        """A reader needed this span, for the first time in this mount; address: of the data space, what it read."""
-        self._write(event="want", layer=layer, first=number, last=number, address=address)
+    def wanted(self, layer: int, number: int, address: int, tier: str = "source") -> None:
+        """A reader needed this span, for the first time in this mount; address: of the data space, what it read.
+
+        tier: where the span was by then, ``memory``, ``disk`` or still at its ``source``.
+        """
+        self._write(event="want", layer=layer, first=number, last=number, address=address, tier=tier)
+
+    def said(self, kind: str, origin: str, message: str) -> None:
+        """The module `origin` had something to say: an attempt that failed, a way around it that was taken."""
+        self._write(event="log", kind=kind, origin=origin, message=message)
 
     def _write(self, **event: Any) -> None:
-        if self._file is None or self._size > _MOST:
+        if self._file is None or self._size > MOST:
             return
         line = json.dumps({"at": round(time.monotonic() - self._began, 4), **event}).encode() + b"\n"
         try:

@@ -9,9 +9,12 @@ looking for blocks and joining them.
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from types import TracebackType
 from typing import Self
 
@@ -21,7 +24,7 @@ from clipfs.blocks.ahead import Streams
 from clipfs.blocks.cache import MemoryCache
 from clipfs.blocks.counters import Counters
 from clipfs.blocks.disk import DiskCache, WouldWaitError
-from clipfs.blocks.flight import SpanFetcher
+from clipfs.blocks.flight import Flight, SpanFetcher
 from clipfs.blocks.flights import Flights
 from clipfs.blocks.journal import Journal
 from clipfs.blocks.plan import BLOCK, IndexView, Key, Piece, join, plan
@@ -29,9 +32,9 @@ from clipfs.errors import ClipfsError
 
 DEFAULT_MEMORY = 64 << 20
 
-# Plans of one block's worth of addresses are remembered, for as many addresses as this times `BLOCK`: 256 MiB. Small
-# files make the largest plans, 16 pieces of 0.2 KB, so this stays below 16 MB and is usually below one.
-_PLANS = 4096
+# Plans of one block's worth of addresses are remembered, up to this many pieces of 0.2 KB in all. A large file has one
+# or two pieces a block and small files 16, but a sparse one may have as many as it has bytes.
+_PIECES = 1 << 16
 _SHIFT = BLOCK.bit_length() - 1
 
 # Blocks that are decompressed on the loop rather than in a thread: each takes 0.04 ms, a thread and back twice
@@ -77,6 +80,7 @@ class BlockReader:
         self._cache = MemoryCache(tiers.memory)
         self.flights = Flights(index.layers, fetcher, self._cache, self._disk, counters, self.journal)
         self._plans: dict[int, tuple[list[int], list[Piece]]] = {}
+        self._planned = 0  # pieces in them
         self._loading: dict[Key, trio.Event] = {}
         self._streams = Streams(min(_LARGEST_WINDOW, tiers.memory // _SHARE_AHEAD))
         #: The spans that readers needed, in the order in which they first did.
@@ -114,33 +118,54 @@ class BlockReader:
             block = self._cache.get(key)
             if block is None:
                 return None
+            if key[:2] not in self.wanted:
+                self._note(key[:2], address, "memory")
             inner += address - start
             self.counters.hit(length)
             return block[inner : inner + length]
-        return self._try_join(plan(self._index, address, length), length)
+        return self._try_join(plan(self._index, address, length), address, length)
 
     async def read(self, address: int, length: int) -> bytes:
         """The bytes. Raises ClipfsError if they cannot be had, or are not those that the index demands."""
         pieces = plan(self._index, address, length)
         blocks, missing = self._in_memory(pieces)
+        self._note_all(blocks, address, "memory")
+        tier = "memory"
         if missing and self._disk is not None:
+            tier, found = "disk", len(blocks)
             missing = await self._from_disk(self._disk, missing, blocks)
+            self._note_all(islice(blocks, found, None), address, "disk")
         # Taken from the flights and not from the cache, which may be smaller than what is asked for.
-        spans = dict.fromkeys((layer, number) for layer, number, _ in missing)
-        for span in spans:
-            self._note(span, address)
-        for flight in self.flights.board(spans):
-            decoded = await flight.blocks()
-            blocks.update(((flight.layer, flight.number, number), block) for number, block in enumerate(decoded))
-        self.counters.missed(length)
+        if missing:
+            tier = "source"
+            self._note_all(missing, address, "source")
+            await self._fly(missing, blocks)
+        self.counters.missed(length, tier=tier)
         await trio.lowlevel.checkpoint_if_cancelled()
         return join(pieces, blocks)
 
+    async def _fly(self, missing: list[Key], blocks: dict[Key, bytes]) -> None:
+        """Bring the spans of these blocks, and put the blocks into `blocks`. Nothing else of a span is held on to while
+        the next one is waited for: there may be many readers, and spans are large."""
+        keys: dict[tuple[int, int], list[int]] = {}
+        for layer, number, block in missing:
+            keys.setdefault((layer, number), []).append(block)
+        try:
+            flights = deque(self.flights.board(keys))
+            while flights:
+                flight = flights.popleft()
+                blocks.update(await _taken(flight, keys[flight.layer, flight.number]))
+        except ClipfsError:
+            self.counters.failed()
+            raise
+
     def _remember(self, region: int) -> tuple[list[int], list[Piece]]:
         """The plan for addresses [region * BLOCK, (region + 1) * BLOCK), and where its pieces start."""
-        if len(self._plans) >= _PLANS:
-            self._plans.clear()
         pieces = plan(self._index, region * BLOCK, BLOCK)
+        self._planned += len(pieces)
+        if self._planned > _PIECES:
+            self._plans.clear()
+            self._planned = len(pieces)
         found = self._plans[region] = [piece.start for piece in pieces], pieces
         return found
 
@@ -157,17 +182,23 @@ class BlockReader:
                     blocks[piece.key] = block
         return blocks, list(missing)
 
-    def _try_join(self, pieces: list[Piece], length: int) -> bytes | None:
+    def _try_join(self, pieces: list[Piece], address: int, length: int) -> bytes | None:
         blocks, missing = self._in_memory(pieces)
         if missing:
             return None
+        self._note_all(blocks, address, "memory")
         self.counters.hit(length)
         return join(pieces, blocks)
 
-    def _note(self, span: tuple[int, int], address: int) -> None:
-        if span not in self.wanted:
-            self.wanted[span] = None
-            self.journal.wanted(*span, address)
+    def _note_all(self, keys: Iterable[Key], address: int, tier: str) -> None:
+        for layer, number, _ in keys:
+            if (layer, number) not in self.wanted:
+                self._note((layer, number), address, tier)
+
+    def _note(self, span: tuple[int, int], address: int, tier: str) -> None:
+        """A reader needs a span for the first time."""
+        self.wanted[span] = None
+        self.journal.wanted(*span, address, tier)
 
     # --- the disk
 
@@ -227,18 +258,17 @@ class BlockReader:
         spans: dict[tuple[int, int], None] = {}
 
         async def step(at: int) -> None:
-            _, missing = self._in_memory(plan(self._index, at, min(_STEP, end - at)))
-            if missing and self._disk is not None:
-                missing = await self._from_disk(self._disk, missing, {})
-            spans.update(dict.fromkeys((layer, number) for layer, number, _ in missing))
+            with contextlib.suppress(ClipfsError):
+                _, missing = self._in_memory(plan(self._index, at, min(_STEP, end - at)))
+                if missing and self._disk is not None:
+                    missing = await self._from_disk(self._disk, missing, {})
+                spans.update(dict.fromkeys((layer, number) for layer, number, _ in missing))
 
         async with trio.open_nursery() as nursery:
             for at in range(start, end, _STEP):
                 nursery.start_soon(step, at)
-        try:
+        with contextlib.suppress(ClipfsError):  # the image is being closed, or its index is damaged
             self.flights.board(sorted(spans), "ahead")
-        except ClipfsError:
-            return  # the image is being closed
 
     async def prefetch(self, spans: Sequence[tuple[int, int]], why: str, at_once: int) -> None:
         """Bring spans onto the disk, or into memory without one, in this order and `at_once` at a time; those who wait
@@ -248,11 +278,16 @@ class BlockReader:
             group = spans[at : at + at_once]
             if self._disk is not None:
                 group = await trio.to_thread.run_sync(self._absent, self._disk, group, limiter=self.flights.decoders)
-            for flight in self.flights.board(group, why):
-                try:
-                    await flight.blocks()
-                except ClipfsError:
-                    continue
+            with contextlib.suppress(ClipfsError):
+                for flight in self.flights.board(group, why):
+                    with contextlib.suppress(ClipfsError):
+                        await flight.blocks()
 
     def _absent(self, disk: DiskCache, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         return [span for span in spans if not disk.has(self._index.layers[span[0]].spans.digest(span[1]))]
+
+
+async def _taken(flight: Flight, numbers: Sequence[int]) -> dict[Key, bytes]:
+    """These blocks of a span, when it is here."""
+    blocks = await flight.blocks()
+    return {(flight.layer, flight.number, number): blocks[number] for number in numbers}

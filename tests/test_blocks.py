@@ -1,0 +1,374 @@
+"""Reading blocks through memory from a source: hits, misses, who shares what, who is spared whose failure, bounds."""
+
+from __future__ import annotations
+
+import sys
+import tracemalloc
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from clipfs.blocks.counters import Counters
+from clipfs.blocks.plan import BLOCK
+from clipfs.blocks.reader import BlockReader, Tiers
+from clipfs.errors import ClipfsError, FormatError, IntegrityError, SourceError
+from clipfs.format import Codec
+from tests.images import Compression, compress
+from tests.streams import KB, MB, mixed, noise
+from tests.views import FakeFetcher, FakeIndex, Spans, View, flipped, places, raising
+
+SECONDS = 20
+PLAIN = mixed(5 * MB)
+GZIP = View.of(compress(PLAIN, "gzip"), Codec.GZIP, MB)
+SPANS = len(GZIP.spans)
+
+
+@pytest.fixture
+def index() -> FakeIndex:
+    return FakeIndex([GZIP])
+
+
+@pytest.fixture
+def fetcher(index: FakeIndex) -> FakeFetcher:
+    return FakeFetcher(index)
+
+
+@asynccontextmanager
+async def reading(
+    index: FakeIndex, fetcher: FakeFetcher, memory: int = 64 * MB, counters: Counters | None = None
+) -> AsyncIterator[BlockReader]:
+    with trio.fail_after(SECONDS):
+        async with BlockReader(index, fetcher, counters=counters or Counters.private(), tiers=Tiers(memory)) as reader:
+            yield reader
+
+
+class TestReads:
+    async def test_a_hit_needs_no_await(self, index: FakeIndex, fetcher: FakeFetcher) -> None:
+        async with reading(index, fetcher) as reader:
+            assert reader.try_read(1000, 100) is None
+            assert await reader.read(1000, 100) == PLAIN[1000:1100]
+            fetched = len(fetcher.ranges)
+            with trio.testing.assert_no_checkpoints():
+                assert reader.try_read(1000, 100) == PLAIN[1000:1100]
+                assert reader.try_read(BLOCK - 10, 20) == PLAIN[BLOCK - 10 : BLOCK + 10], "of two blocks"
+                assert reader.try_read(5, 900 * KB) == PLAIN[5 : 5 + 900 * KB], "of many"
+                assert reader.try_read(2 * MB, 1) is None
+            assert len(fetcher.ranges) == fetched
+
+    async def test_exactly_the_span_is_fetched(self, index: FakeIndex, fetcher: FakeFetcher) -> None:
+        for number in (2, 0):
+            span = GZIP.spans[number]
+            async with reading(index, fetcher) as reader:
+                await reader.read(span.position + span.length - 1, 1)
+            assert fetcher.ranges.pop() == (0, span.start, span.end)
+            assert not fetcher.ranges
+
+    async def test_neighbours_are_fetched_as_one_range(self, index: FakeIndex, fetcher: FakeFetcher) -> None:
+        async with reading(index, fetcher) as reader:
+            assert await reader.read(0, len(PLAIN)) == PLAIN
+        assert len(fetcher.ranges) == 1
+        assert reader.counters.asdict()["spans_decoded"] == SPANS
+
+    @pytest.mark.parametrize("how", ["none", "gzip", "pigz", "multi-gzip", "zstd", "zstd-frames"])
+    @pytest.mark.parametrize("memory", [0, MB, 64 * MB])
+    async def test_many_extents_holes_and_the_end(self, how: Compression, memory: int) -> None:
+        """A data space of small files, large ones and holes, in two layers, read at random by several at once."""
+        codec = {"none": Codec.RAW, "zstd": Codec.ZSTD, "zstd-frames": Codec.ZSTD}.get(how, Codec.GZIP)
+        plain = PLAIN[: 3 * MB]
+        layer, other = View.of(compress(plain, how), codec, 128 * KB), View.raw(noise(MB), (100 * KB,))
+        extents, at = [], 0
+        for number, size in enumerate([1, 4095, 4096, 100, 300 * KB, 7, MB, 5000] * 3):
+            which = (layer, other)[number % 2]
+            offset = number * 37_001 % (len(which.plain) - min(size, 500 * KB))
+            extents.append((at, number % 2, offset, min(size, 500 * KB)))
+            at += -(-size // 4096) * 4096 + (8192 if number % 5 == 0 else 0)
+        index = FakeIndex([layer, other], extents, data_size=at)
+
+        async def some(seed: int) -> None:
+            for address, length in places(at, 25, 400 * KB, seed):
+                found = reader.try_read(address, length)
+                assert (await reader.read(address, length) if found is None else found) == index.expected(
+                    address, length
+                )
+
+        async with reading(index, FakeFetcher(index), memory) as reader, trio.open_nursery() as nursery:
+            for seed in range(4):
+                nursery.start_soon(some, seed)
+
+    async def test_holes_and_what_lies_behind_the_end_are_zeros(self, fetcher: FakeFetcher) -> None:
+        index = FakeIndex([GZIP], [(4096, 0, 0, 10)], data_size=8192)
+        async with reading(index, fetcher) as reader:
+            assert reader.try_read(0, 4096) == bytes(4096)
+            assert reader.try_read(1 << 40, 100) == bytes(100)
+            assert await reader.read(8000, 5000) == bytes(5000)
+            assert not fetcher.ranges
+            assert await reader.read(4090, 30) == bytes(6) + PLAIN[:10] + bytes(14)
+
+    async def test_spans_of_a_byte(self) -> None:
+        """They are allowed, and cost no more memory than is allowed."""
+        index = FakeIndex([View.raw(noise(2000), (1,))])
+        async with reading(index, FakeFetcher(index), 10_000) as reader:
+            assert await reader.read(0, 2000) == index.layers[0].plain
+            assert reader._cache.size <= 10_000
+
+    async def test_plans_of_many_pieces_are_not_kept(self) -> None:
+        """A file may be as sparse as its maker likes: a piece for every sixteenth byte."""
+        index = FakeIndex([View.raw(noise(100))], data_size=1 << 30)
+        calls = 0
+
+        def extents(address: int, length: int) -> list[tuple[int, int, int, int]]:
+            nonlocal calls
+            calls += 1
+            return [(at, 0, 0, 1) for at in range(address, address + length, 16)]
+
+        index.extents = extents  # type: ignore[method-assign]
+        async with reading(index, FakeFetcher(index)) as reader:
+            await reader.read(0, 1)
+            for region in range(40):
+                assert reader.try_read(region * BLOCK, 1) is not None
+            assert sum(len(pieces) for _, pieces in reader._plans.values()) < 100_000
+            calls = 0
+            assert reader.try_read(39 * BLOCK, 1) is not None
+            assert calls == 0, "but the last one is"
+
+
+class TestSharing:
+    async def test_one_fetch_however_many_readers(self, index: FakeIndex, fetcher: FakeFetcher) -> None:
+        fetcher.gate = trio.Event()
+        found = []
+
+        async def read(at: int) -> None:
+            found.append(await reader.read(at, 100) == PLAIN[at : at + 100])
+
+        async with reading(index, fetcher) as reader, trio.open_nursery() as nursery:
+            for at in range(0, 500_000, 5000):
+                nursery.start_soon(read, at)
+            await trio.testing.wait_all_tasks_blocked()
+            fetcher.gate.set()
+        assert found == [True] * 100
+        assert len(fetcher.ranges) == 1
+        assert reader.counters.asdict()["spans_decoded"] == 1
+
+    async def test_the_first_is_cancelled_and_the_others_are_served(
+        self, index: FakeIndex, fetcher: FakeFetcher
+    ) -> None:
+        fetcher.gate = trio.Event()
+        found: list[bytes] = []
+
+        async def first(scope: trio.CancelScope) -> None:
+            with scope:
+                await reader.read(0, 10)
+                found.append(b"cancelled, and yet answered")
+
+        async def other() -> None:
+            found.append(await reader.read(20, 10))
+
+        async with reading(index, fetcher) as reader, trio.open_nursery() as nursery:
+            scope = trio.CancelScope()
+            nursery.start_soon(first, scope)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(other)
+            nursery.start_soon(other)
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            fetcher.gate.set()
+        assert scope.cancelled_caught
+        assert found == [PLAIN[20:30]] * 2
+        assert len(fetcher.ranges) == 1
+
+    async def test_all_are_cancelled_and_the_next_one_finds_it(self, index: FakeIndex, fetcher: FakeFetcher) -> None:
+        fetcher.gate = trio.Event()
+        async with reading(index, fetcher) as reader:
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    for _ in range(5):
+                        nursery.start_soon(reader.read, 0, 10)
+                    await trio.testing.wait_all_tasks_blocked()
+                    scope.cancel()
+            fetcher.gate.set()
+            assert await reader.read(0, 10) == PLAIN[:10]
+        assert len(fetcher.ranges) == 1
+
+    async def test_closing_does_not_leave_anybody_waiting(self, index: FakeIndex, fetcher: FakeFetcher) -> None:
+        fetcher.gate = trio.Event()
+        outcomes: list[str] = []
+
+        async def read() -> None:
+            try:
+                await reader.read(0, 10)
+            except ClipfsError as error:
+                outcomes.append(str(error))
+
+        async with trio.open_nursery() as nursery:
+            async with reading(index, fetcher) as reader:
+                nursery.start_soon(read)
+                await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(read)
+        assert [words.split(" ", 3)[:3] for words in outcomes] == [["the", "image", "was"], ["the", "image", "is"]]
+
+    async def test_an_error_in_the_body_comes_out_as_it_is(self, index: FakeIndex, fetcher: FakeFetcher) -> None:
+        fetcher.gate = trio.Event()
+
+        async def body() -> None:
+            async with reading(index, fetcher) as reader:
+                with trio.move_on_after(0.01):
+                    await reader.read(0, 1)
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            await body()
+
+
+class TestFailures:
+    @pytest.mark.parametrize(
+        ("changes", "error", "sentence"),
+        [
+            ([raising(SourceError("the registry is away"))], SourceError, "the registry is away"),
+            ([flipped, flipped], IntegrityError, "do not decode"),
+            ([lambda data: data[:-1]], SourceError, "were asked for"),
+            ([lambda data: data + b"x"], SourceError, "were asked for"),
+            ([lambda data: b""], SourceError, "0 came"),
+            ([flipped, raising(SourceError("away too"))], SourceError, "away too"),
+            ([raising(ValueError("a bug"))], ValueError, "a bug"),
+        ],
+    )
+    async def test_everybody_is_told_nothing_is_kept_and_the_next_try_succeeds(
+        self, index: FakeIndex, fetcher: FakeFetcher, changes: list[object], error: type[Exception], sentence: str
+    ) -> None:
+        fetcher.gate, fetcher.changes = trio.Event(), list(changes)  # type: ignore[arg-type]
+        told: list[Exception] = []
+
+        async def read(at: int) -> None:
+            with pytest.raises(error, match=sentence) as caught:
+                await reader.read(at, 10)
+            told.append(caught.value)
+
+        async with reading(index, fetcher) as reader:
+            async with trio.open_nursery() as nursery:
+                for at in range(4):
+                    nursery.start_soon(read, at)
+                await trio.testing.wait_all_tasks_blocked()
+                fetcher.gate.set()
+            assert len(told) == len({id(each) for each in told}) == 4, "each has an error of its own"
+            assert reader.try_read(0, 10) is None
+            assert len(reader._cache) == 0
+            assert await reader.read(0, 10) == PLAIN[:10]
+        numbers = reader.counters.asdict()
+        assert numbers["requests"] == numbers["misses"] == 1
+
+    async def test_one_bad_span_of_a_range_is_no_fault_of_its_neighbours(
+        self, index: FakeIndex, fetcher: FakeFetcher
+    ) -> None:
+        span = GZIP.spans[1]
+        middle = (span.start + span.end) // 2
+        fetcher.changes = [lambda data: data[:middle] + bytes(9) + data[middle + 9 :], flipped]
+        async with reading(index, fetcher) as reader:
+            with pytest.raises(IntegrityError, match=f"bytes {span.start} to {span.end}"):
+                await reader.read(0, 3 * MB)
+            assert reader.try_read(0, 10) == PLAIN[:10]
+            assert await reader.read(0, 3 * MB) == PLAIN[: 3 * MB]
+        assert fetcher.distrusted == [0]
+
+    async def test_a_damaged_index_ends_one_read_and_nothing_else(self, index: FakeIndex, fetcher: FakeFetcher) -> None:
+        """Also where it is read-ahead or prefetching that comes upon the damage: there nobody waits to be told."""
+        index.damaged = range(3 * MB, 3 * MB + 10)
+        async with reading(index, fetcher) as reader:
+            for at in range(0, 2 * MB, 128 * KB):
+                assert (reader.try_read(at, 128 * KB) or await reader.read(at, 128 * KB)) == PLAIN[at : at + 128 * KB]
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(FormatError):
+                reader.try_read(3 * MB, 1)
+            with pytest.raises(FormatError):
+                await reader.read(3 * MB, 1)
+            assert await reader.read(4 * MB, 10) == PLAIN[4 * MB : 4 * MB + 10]
+
+    async def test_spans_that_cannot_be_read_do_not_end_prefetching(self) -> None:
+        class Broken(Spans):
+            def __getitem__(self, number):  # type: ignore[no-untyped-def]
+                if number == 1:
+                    raise FormatError("the index is damaged: span 1")
+                return super().__getitem__(number)
+
+        layer = View.raw(noise(10_000), (1000,))
+        layer.spans = Broken(layer.spans)
+        index = FakeIndex([layer])
+        async with reading(index, FakeFetcher(index)) as reader:
+            await reader.prefetch([(0, number) for number in range(10)], "all", 1)
+            assert reader.try_read(9000, 10) == layer.plain[9000:9010]
+
+    @pytest.mark.parametrize("end", [1 << 40, 0])
+    async def test_no_more_is_fetched_than_may_be(self, end: int) -> None:
+        layer = View.raw(noise(1000))
+        layer.spans[0] = layer.spans[0].__class__(10, end, 0, 1000, bytes(32))
+        index = FakeIndex([layer])
+        fetcher = FakeFetcher(index)
+        async with reading(index, fetcher) as reader:
+            with pytest.raises(FormatError, match=f"bytes 10 to {end} of layer 0 are no range to fetch"):
+                await reader.read(0, 1)
+        assert not fetcher.ranges
+
+
+class TestBounds:
+    async def test_memory_is_bounded_under_churn(self, index: FakeIndex, fetcher: FakeFetcher) -> None:
+        async with reading(index, fetcher, MB) as reader:
+            for address, length in places(len(PLAIN), 60, 200 * KB):
+                await reader.read(address, length)
+                assert reader._cache.size <= MB
+        assert len(fetcher.ranges) > SPANS, "what was let go of was fetched again"
+
+    async def test_many_readers_at_once(self) -> None:
+        """Fifty readers of other spans, two each: 200 MB pass, a fraction is there at a time."""
+        unit = noise(MB)
+        layer = View.raw(b"".join(bytes([number]) + unit[1:] for number in range(100)) * 2, (2 * MB,))
+        index = FakeIndex([layer])
+
+        async def read(number: int) -> None:
+            at = (2 * number + 1) * 2 * MB - 10
+            assert await reader.read(at, 20) == layer.plain[at : at + 20]
+
+        tracemalloc.start()
+        try:
+            async with reading(index, FakeFetcher(index), 8 * MB) as reader, trio.open_nursery() as nursery:
+                for number in range(50):
+                    nursery.start_soon(read, number)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < 100 * MB
+
+
+class TestCounters:
+    async def test_what_is_counted(self, index: FakeIndex, fetcher: FakeFetcher, tmp_path: Path) -> None:
+        """And another process sees it, also after this one has closed the file."""
+        counters = Counters.create(tmp_path / "counters")
+        async with reading(index, fetcher, counters=counters) as reader:
+            await reader.read(0, 1000)
+            reader.try_read(500, 200)
+            reader.try_read(0, BLOCK + 1)
+            reader.try_read(4 * MB, 1)
+            await reader.read(10, 5)
+        expected = {
+            "requests": 4,
+            "hits": 2,
+            "misses": 2,
+            "bytes_served": 1000 + 200 + BLOCK + 1 + 5,
+            "fetches": 1,
+            "bytes_fetched": GZIP.spans[0].end - GZIP.spans[0].start,
+            "spans_decoded": 1,
+            "disk_blocks": 0,
+            "spans_refetched": 0,
+            "bytes_ahead": 0,
+        }
+        assert counters.asdict().items() >= expected.items()
+        program = "import sys; from pathlib import Path; from clipfs.blocks.counters import Counters as C\n"
+        program += "print(C.open(Path(sys.argv[1])).asdict())"
+        for _ in range(2):
+            command = [sys.executable, "-c", program, str(tmp_path / "counters")]
+            shown = await trio.run_process(command, capture_stdout=True)
+            assert f"'bytes_served': {expected['bytes_served']},".encode() in shown.stdout
+            counters.close()
