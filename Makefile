@@ -22,7 +22,7 @@ CMD   ?= python3 -c 'import os, sys; print("Hello from Python", sys.version.spli
 # To build pyfuse3, to mount, to run containers and to build the demo image.
 PACKAGES := python3-venv python3-dev gcc pkg-config fuse3 libfuse3-dev runc crun mmdebstrap pigz zstd
 # What the tests compare with, and the benchmarks measure against.
-PEERS    := acl apache2-utils attr buildah busybox-static bzip2 docker-registry erofs-utils fio libcap2-bin nginx \
+PEERS    := acl apache2-utils attr buildah busybox-static bzip2 curl docker-registry erofs-utils fio libcap2-bin nginx \
             openssl skopeo squashfs-tools squashfuse umoci xz-utils
 
 help: ## say what there is

@@ -6,10 +6,11 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import demo, programs, report
+from benchmarks.cold import application, memory, starting_cold, streaming
 from benchmarks.measure import Section, progress
 from benchmarks.reading import reading
 from benchmarks.starting import indexing, mounting, running, size
@@ -19,9 +20,9 @@ _ROOT = Path(__file__).parent.parent
 _CACHE = _ROOT / ".cache"
 
 BENCHMARKS: dict[str, Callable[[Workload], Section]] = {
-    each.__name__: each for each in (indexing, size, mounting, running, reading)
+    each.__name__: each for each in (indexing, size, mounting, running, starting_cold, reading, streaming, memory)
 }
-_PROGRAMS = ("fio", "mksquashfs", "runc", "squashfuse_ll", "umoci")
+_PROGRAMS = ("curl", "docker-registry", "fio", "mksquashfs", "runc", "skopeo", "squashfuse_ll", "umoci")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,15 +35,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The page of the repository shows whole runs only.
     out = args.out or (None if args.quick or args.only else Path(__file__).parent)
     image = Demo(f"oci:{demo.build(_CACHE / 'demo')}:latest")
+    names = args.only or list(BENCHMARKS)
+    # Made only if it is started: it takes minutes to build.
+    applications = application(_CACHE) if starting_cold.__name__ in names else {}
     try:
-        measure(image, QUICK if args.quick else Size(), args.only or list(BENCHMARKS), _CACHE / "bench", out)
+        measure(image, applications, QUICK if args.quick else Size(), names, _CACHE / "bench", out)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
     return 0
 
 
-def measure(demo_image: Demo, how_much: Size, names: Sequence[str], cache: Path, out: Path | None) -> list[Section]:
+def measure(
+    demo_image: Demo,
+    applications: Mapping[str, Demo],
+    how_much: Size,
+    names: Sequence[str],
+    cache: Path,
+    out: Path | None,
+) -> list[Section]:
     """Run these benchmarks and print their tables; with `out`, write the page and its plot there."""
     sections = []
     with (
@@ -50,7 +61,7 @@ def measure(demo_image: Demo, how_much: Size, names: Sequence[str], cache: Path,
         programs.scratch_directory(cache) as scratch,
         programs.own_directories(scratch),
     ):
-        workload = prepare(cache, demo_image, how_much, scratch)
+        workload = prepare(cache, demo_image, applications, how_much, scratch)
         for name in names:
             section = BENCHMARKS[name](workload)
             progress("")

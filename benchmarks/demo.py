@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tests.images import LayoutBuilder
@@ -62,15 +62,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def build(directory: Path) -> Path:
-    """The demo image's OCI layout, made now if it is not there. Two builders at once do not disturb each other."""
+def build(directory: Path, packages: Sequence[str] = _PYTHON, title: str = "clipfs demo") -> Path:
+    """The demo image's OCI layout, made now if it is not there. Two builders at once do not disturb each other.
+
+    With other packages than Python's, it is another image.
+    """
     layout = directory / "oci"
     if (layout / "index.json").exists():
         return layout
-    print("demo image: three layers from Debian packages, about half a minute", file=sys.stderr)
+    print(f"{title}: three layers from Debian packages, about half a minute", file=sys.stderr)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="build-", dir=directory) as scratch:
-        base, python = _install(Path(scratch))
+        base, python = _install(Path(scratch), packages)
         layers = (_layer(base), _layer(python, below=base), _application())
         aside = Path(scratch) / "oci"
         builder = LayoutBuilder(aside)
@@ -83,7 +86,7 @@ def build(directory: Path) -> Path:
             env=["PATH=/usr/local/bin:/usr/bin:/bin", "LANG=C.UTF-8", "PYTHONDONTWRITEBYTECODE=1"],
             cmd=["python3"],
             working_dir="/app",
-            labels={"org.opencontainers.image.title": "clipfs demo"},
+            labels={"org.opencontainers.image.title": title},
         ).write("latest")
         try:
             aside.rename(layout)
@@ -93,8 +96,8 @@ def build(directory: Path) -> Path:
     return layout
 
 
-def _install(scratch: Path) -> tuple[Path, Path]:
-    """Install the base, then Python on top; the tree after each step as a tar file."""
+def _install(scratch: Path, packages: Sequence[str]) -> tuple[Path, Path]:
+    """Install the base, then the packages on top; the tree after each step as a tar file."""
     base, python = scratch / "base.tar", scratch / "python.tar"
     snapshot = 'tar -C "$1" --one-file-system --sort=name --format=gnu --numeric-owner -cf'
     install = 'APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get -qq install --no-install-recommends'
@@ -105,7 +108,7 @@ def _install(scratch: Path) -> tuple[Path, Path]:
         f"--include={','.join(_BASE)}",
         *(f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in ("doc", "info", "locale", "man")),
         f'--customize-hook={snapshot} "$CLIPFS_DEMO_BASE" .',
-        f'--customize-hook={install} -oDPkg::Chroot-Directory="$1" {" ".join(_PYTHON)} {quiet}',
+        f'--customize-hook={install} -oDPkg::Chroot-Directory="$1" {" ".join(packages)} {quiet}',
         f'--customize-hook={snapshot} "$CLIPFS_DEMO_PYTHON" .',
         SUITE, os.devnull, *_mirrors(),
     ]  # fmt: skip

@@ -46,8 +46,8 @@ class Passes(NamedTuple):
     cached: float
 
 
-def reading(workload: Workload) -> Section:
-    """All the ways to read, each cold and warm."""
+def readers(workload: Workload) -> list[Reader]:
+    """All the ways to read."""
     size = workload.size
     ordered = small_files(workload)
     shuffled = random.Random(2).sample(ordered, len(ordered))
@@ -55,16 +55,21 @@ def reading(workload: Workload) -> Section:
     some = listing(workload, "some", ordered[: size.ordered])
     mixed = listing(workload, "mixed", shuffled[: size.shuffled])
     everything = listing(workload, "everything", shuffled)
-    readers = [
-        _Reader("sequential", "MB/s", _python("read", big, 1e-6), _SEQUENTIAL, _CACHED, _KERNEL),
-        _Reader("random 4 KiB", "reads/s", _fio(size.random), _RANDOM, _CACHED, _KERNEL),
-        _Reader("small files, in order", "files/s", _python("files", some), _OPENING, _OPENING, _OPENING, True),
-        _Reader("small files, shuffled", "files/s", _python("files", mixed), _RANDOM, _CACHED, _OPENING, True),
-        _Reader("stat storm", "stats/s", _python("stat", everything), _STAT, "", _KERNEL, True),
-        _Reader("walk (find -ls)", "entries/s", _python("walk", top), _STAT, "", _LISTING, True),
+    return [
+        Reader("sequential", "MB/s", _python("read", big, 1e-6), _SEQUENTIAL, _CACHED, _KERNEL),
+        Reader("random 4 KiB", "reads/s", _fio(size.random), _RANDOM, _CACHED, _KERNEL),
+        Reader("small files, in order", "files/s", _python("files", some), _OPENING, _OPENING, _OPENING, True),
+        Reader("small files, shuffled", "files/s", _python("files", mixed), _RANDOM, _CACHED, _OPENING, True),
+        Reader("stat storm", "stats/s", _python("stat", everything), _STAT, "", _KERNEL, True),
+        Reader("walk (find -ls)", "entries/s", _python("walk", top), _STAT, "", _LISTING, True),
     ]
+
+
+def reading(workload: Workload) -> Section:
+    """Each way to read, cold and warm."""
+    size = workload.size
     with _peers(workload) as peers:
-        rows = [row for each in readers for row in each.measure(size.rounds, peers)]
+        rows = [row for each in readers(workload) for row in each.measure(size.rounds, peers)]
     text = (
         f"The generated image: {size.files:,} small files and one of {size.big >> 20} MiB. squashfuse_ll serves a "
         "zstd squashfs of the same tree, *unpacked* is the tree on this disk. *Cold*: mounted afresh, then all of the "
@@ -81,7 +86,7 @@ def reading(workload: Workload) -> Section:
 Mounted = Callable[[bool], AbstractContextManager[Path]]
 
 
-class _Reader(NamedTuple):
+class Reader(NamedTuple):
     """A way to read. `cold`, `cached`, `warm` say where the time goes then; empty if there is no such row.
 
     one_core: for many small requests. Free to choose, the scheduler puts reader and server on one core or on two, as

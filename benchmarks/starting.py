@@ -145,7 +145,7 @@ def running(workload: Workload) -> Section:
     demo, command, scratch = workload.demo.image, workload.demo.command, workload.scratch
     clip = scratch / "run.clip"
     clipfs.build(demo, clip)
-    kept = _Bundle(scratch / "kept", workload.demo)
+    kept = Bundle(scratch / "kept", workload.demo)
     kept.unpack()
 
     def by_clipfs(what: str | Path) -> tuple[float, float]:
@@ -159,7 +159,7 @@ def running(workload: Workload) -> Section:
 
     def by_umoci() -> tuple[float, float]:
         drop_caches()
-        bundle = _Bundle(scratch / "bundle", workload.demo)
+        bundle = Bundle(scratch / "bundle", workload.demo)
         try:
             started = time.perf_counter()
             bundle.unpack()
@@ -194,7 +194,7 @@ def running(workload: Workload) -> Section:
     return Section.of("Running", text, rows)
 
 
-class _Bundle:
+class Bundle:
     """A runtime bundle as umoci makes it, that runs our command."""
 
     def __init__(self, path: Path, demo: Demo) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,13 +66,14 @@ class Workload:
 
     size: Size
     demo: Demo
+    applications: Mapping[str, Demo]  # what is started from a registry, by name; all in one image
     generated: str  # an image, as ``oci:DIR:TAG``
     unpacked: Path
     squashfs: Path
     scratch: Path
 
 
-def prepare(cache: Path, demo: Demo, size: Size, scratch: Path) -> Workload:
+def prepare(cache: Path, demo: Demo, applications: Mapping[str, Demo], size: Size, scratch: Path) -> Workload:
     """The workload, made now if it is not in `cache`."""
     place = cache / f"{size.files}-files-{size.big >> 20}-MiB"
     if not place.exists():
@@ -81,7 +83,9 @@ def prepare(cache: Path, demo: Demo, size: Size, scratch: Path) -> Workload:
             aside.rename(place)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    return Workload(size, demo, f"oci:{place}/oci:latest", place / "root", place / "root.squashfs", scratch)
+    return Workload(
+        size, demo, applications, f"oci:{place}/oci:latest", place / "root", place / "root.squashfs", scratch
+    )
 
 
 def _make(place: Path, size: Size) -> None:

@@ -19,7 +19,7 @@ from tests.images import LayoutBuilder
 from tests.tars import Tar
 
 TINY = Size(rounds=1, files=60, big=2 << 20, ordered=40, shuffled=20, random=20)
-ROWS = {"indexing": 2, "mounting": 2, "running": 3, "reading": 16}
+ROWS = {"indexing": 2, "mounting": 2, "running": 3, "starting_cold": 6, "reading": 16, "streaming": 1}
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,11 @@ def sections(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Sect
     """All benchmarks run once, with an image that is started as fast as one can be."""
     require_root()
     require(Path("/proc/sys/vm/drop_caches").exists(), "a way to drop the kernel's caches")
-    require_programs("fio", "mksquashfs", "runc", "squashfuse_ll", "umoci")
+    require_programs("curl", "docker-registry", "fio", "mksquashfs", "runc", "skopeo", "squashfuse_ll", "umoci")
     layer = Tar().dir("bin").file("bin/busybox", Path("/bin/busybox").read_bytes(), mode=0o755)
     image = LayoutBuilder(tmp_path_factory.mktemp("demo")).layer(layer).write()
     demo = Demo(image, ("/bin/busybox", "echo", "hello"))
-    return benchmarks.measure(demo, TINY, list(benchmarks.BENCHMARKS), cache, None)
+    return benchmarks.measure(demo, {"busybox": demo}, TINY, list(benchmarks.BENCHMARKS), cache, None)
 
 
 def rows_of(sections: list[Section]) -> list[Row]:
@@ -55,7 +55,7 @@ def test_every_benchmark_measures_all_of_its_peers(sections: list[Section]) -> N
 
 
 def test_the_size_of_an_index_is_within_its_budget(demo_image: str, cache: Path, tmp_path: Path) -> None:
-    section = starting.size(prepare(cache, Demo(demo_image), TINY, tmp_path))
+    section = starting.size(prepare(cache, Demo(demo_image), {}, TINY, tmp_path))
     demo = dict(zip(section.header, section.lines[0], strict=True))
     assert demo["image"] == "demo image"
     assert 64 < float(demo["of it the tree"].removesuffix(" B")) <= 140
