@@ -83,16 +83,19 @@ class Tree:
             with contextlib.suppress(ImageError):
                 if inode := self._at(link.link, link):
                     self._linked[link.link] = inode
+        # All are found before any is deleted, so that a deleted symlink still leads where it led for the others.
+        doomed: list[tuple[dict[bytes, Inode], bytes]] = []
         for entry in deletions:
-            if isinstance(entry, Opaque):
-                children = self._directory(entry.path, entry, new=new)
-                if children is not None:
-                    children.clear()
-                continue
             above, _, name = entry.path.rpartition(b"/")
-            children = self._directory(above, entry, new=new)
+            place, name = (entry.path, b"") if isinstance(entry, Opaque) else (above, name)
+            children = self._directory(place, entry, new=new)
             if children is not None:
+                doomed.append((children, name))
+        for children, name in doomed:
+            if name:
                 children.pop(name, None)
+            else:
+                children.clear()
 
     def _add(self, layer: int, member: Member) -> None:
         above, _, name = member.path.rpartition(b"/")

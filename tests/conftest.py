@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -20,6 +21,10 @@ from clipfs import mountinfo
 
 _ROOT = Path(__file__).parent.parent
 _DEMO = _ROOT / ".cache" / "demo"
+
+
+# Seconds for a process that has nothing left to do.
+_GRACE = 5
 
 
 def require(capability: bool, what: str) -> None:
@@ -54,9 +59,14 @@ def _own_directories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
 @pytest.fixture(autouse=True)
 def _nothing_left_behind(_own_directories: Path) -> Iterator[None]:
     """No mount, loop device, cgroup or process outlives a test. What larger-scoped fixtures hold is there before it."""
-    before = _present(_own_directories)
+    before, processes = _present(_own_directories), _processes(_own_directories)
     yield
+    # umount(8) returns a moment before the process that has served the mount ends.
+    for pid in _processes(_own_directories).keys() - processes.keys():
+        with contextlib.suppress(ProcessLookupError), open(os.pidfd_open(pid), "rb", buffering=0) as ending:
+            select.select([ending], [], [], _GRACE)
     left = _present(_own_directories) - before
+    left |= {f"process {pid}: {what}" for pid, what in _processes(_own_directories).items() if pid not in processes}
     with contextlib.suppress(ChildProcessError):
         if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             left.add("a child process that nobody waited for")
@@ -70,13 +80,19 @@ def _present(ours: Path) -> set[str]:
     found |= {f"loop device {path.parent.name}" for path in Path("/sys/block").glob("loop*/loop")}
     if os.environ.get("CLIPFS_REQUIRE") == "1":  # elsewhere they may be another run's
         found |= {f"cgroup {path}" for path in Path("/sys/fs/cgroup").glob("**/clipfs-*/")}
+    return found
+
+
+def _processes(ours: Path) -> dict[int, str]:
+    """Processes that this one started, and their forks, by pid."""
+    found = {}
     me = Path("/proc/self/cmdline").read_bytes()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             command = (process / "cmdline").read_bytes()
             # A daemon of ours is a fork of this process, or was started below it and has our directories to work in.
             if command == me or f"={ours}/".encode() in (process / "environ").read_bytes():
-                found.add(f"process {process.name}: {command.decode(errors='replace')!r}")
+                found[int(process.name)] = repr(command.decode(errors="replace"))
     return found
 
 

@@ -14,7 +14,9 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
+import trio
 
+from clipfs.blocks import keeper
 from clipfs.blocks.disk import DiskCache, WouldWaitError
 from clipfs.blocks.plan import BLOCK
 from tests.conftest import require_root
@@ -343,3 +345,18 @@ class TestBadDisks:
         assert DiskCache(cache.directory, 1 << 30).get(digest, 0) is None
         assert cache.get(digest, 1) in (None, span(1)[1][1])
         keep(cache, 2)
+
+
+async def test_many_wait_for_room_and_all_get_it(cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is forgotten who has to wait for the writer."""
+    monkeypatch.setattr(keeper, "_BACKLOG", BLOCK)
+    writer = keeper.Keeper()
+    with trio.fail_after(SECONDS):
+        async with trio.open_nursery() as nursery:
+            for number in range(60):
+                digest, blocks = span(number)
+                claim = cache.claim(digest)
+                assert claim is not None
+                nursery.start_soon(writer.keep, claim, blocks)
+    writer.close()
+    assert all(cache.has(span(number)[0]) for number in range(60))

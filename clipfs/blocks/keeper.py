@@ -38,7 +38,9 @@ class Keeper:
 
         def written() -> None:
             self._backlog -= size
+            # Everybody who waits looks again; whoever waits from now on waits for the next one.
             self._room.set()
+            self._room = trio.Event()
 
         def told(_: Future[None]) -> None:
             with contextlib.suppress(trio.RunFinishedError):
@@ -50,7 +52,6 @@ class Keeper:
             claim.release()
             return
         while self._backlog > _BACKLOG:
-            self._room = trio.Event()
             await self._room.wait()
 
     def close(self) -> None:
