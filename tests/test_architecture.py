@@ -19,12 +19,14 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "clipfs.errors",
     "clipfs.fields",
+    "clipfs.log",
     "clipfs.names",
     "clipfs.oci",
     "clipfs.erofs",
     "clipfs.erofs_pack",
     "clipfs.erofs_read",
     "clipfs.format",
+    "clipfs.format_pack",
     "clipfs.tables",
     "clipfs.deflate",
     "clipfs.zstd",
@@ -35,6 +37,9 @@ ORDER = (
     "clipfs.members",
     "clipfs.sparse",
     "clipfs.layer",
+    "clipfs.entries",
+    "clipfs.chunks",
+    "clipfs.toc",
     "clipfs.tree",
     "clipfs.check",
     "clipfs.index",
@@ -53,20 +58,42 @@ ORDER = (
     "clipfs.blocks.trace",
     "clipfs.blocks.reader",
     "clipfs.sources.base",
+    "clipfs.sources.redact",
     "clipfs.sources.retry",
     "clipfs.sources.credentials",
     "clipfs.sources.auth",
+    "clipfs.sources.addresses",
+    "clipfs.sources.answers",
+    "clipfs.sources.proxies",
+    "clipfs.sources.wire",
     "clipfs.sources.transport",
     "clipfs.sources.layout",
     "clipfs.sources.archive",
     "clipfs.sources.docker_archive",
+    "clipfs.sources.mirrors",
     "clipfs.sources.registry",
     "clipfs.sources",
     "clipfs.sources.fetcher",
+    "clipfs.sources.place",
+    "clipfs.sources.web",
+    "clipfs.sources.packed",
     "clipfs.mountinfo",
     "clipfs.state",
     "clipfs.options",
+    "clipfs.report",
+    "clipfs.reporter",
+    "clipfs.wording",
+    "clipfs.picture",
+    "clipfs.page",
+    "clipfs.metrics",
+    "clipfs.aside",
+    "clipfs.webclip",
+    "clipfs.contents",
+    "clipfs.layer_pass",
     "clipfs.builder",
+    "clipfs.rootfs",
+    "clipfs.pile",
+    "clipfs.packer",
     "clipfs.extractor",
     "clipfs.fs",
     "clipfs.loop",
@@ -78,6 +105,10 @@ FIRST_WITH_TRIO = ORDER.index("clipfs.blocks.plan")
 
 # Where the public names come together and where the command line begins: these may look at anything below them.
 FACADES = ("clipfs", "clipfs.__main__", "clipfs.blocks")
+
+
+# Of the modules that see what the HTTP client answers, one sends what it asks.
+WITH_HTTP = tuple(f"clipfs.sources.{name}" for name in ("answers", "wire", "transport", "registry", "web"))
 
 
 def modules(package: str) -> dict[str, Path]:
@@ -129,7 +160,7 @@ def test_who_knows_whom() -> None:
         if "pyfuse3" in known:
             assert name in ("clipfs.fs", "clipfs.loop", "clipfs.session"), f"{name}: FUSE is an adapter's business"
         if "httpx2" in known:
-            assert name in ("clipfs.sources.transport", "clipfs.sources.registry"), f"{name}: there is one HTTP client"
+            assert name in WITH_HTTP, f"{name}: there is one HTTP client"
 
 
 @pytest.mark.parametrize("name", ASSEMBLER)
@@ -176,7 +207,7 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
     ("statement", "late"),
     [
         ("import clipfs, assembler", {"trio", "pyfuse3", "httpx2", "isal", "zstandard", "argparse"}),
-        ("import clipfs.cli.main", {"trio", "pyfuse3", "httpx2", "isal", "zstandard"}),
+        ("import clipfs.cli.main", {"trio", "pyfuse3", "httpx2", "isal", "zstandard", "prometheus_client"}),
         ("import clipfs.cli.helper", {"trio", "pyfuse3", "httpx2", "isal", "zstandard", "argparse"}),
         ("import clipfs; clipfs.mount, clipfs.Index", {"trio", "pyfuse3", "httpx2", "isal"}),
         ("import clipfs; clipfs.build, clipfs.extract", {"httpx2", "pyfuse3"}),

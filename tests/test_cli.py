@@ -21,7 +21,10 @@ pytest_plugins = ["tests.mount_fixtures"]
 # Where `ls -l` has its names: after mode, links, owner, group, size, date and time.
 LS_NAME = 7
 
-COMMANDS = ("cat", "check", "extract", "gc", "index", "inspect", "ls", "mount", "run", "umount")
+COMMANDS = (
+    *("cache", "cat", "check", "explain", "extract", "gc"),
+    *("index", "inspect", "ls", "mount", "pack", "run", "umount"),
+)
 
 
 def clipfs_command(*words: str | Path) -> list[str]:

@@ -6,7 +6,7 @@ async with serving(lambda request: Reply(200, b"hello")) as web: ...   # web.hos
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,13 +54,14 @@ Handler = Callable[[Request], Reply]
 
 @dataclass
 class Web:
-    """A running server; `handler` may be replaced while it runs."""
+    """A running server; `handler` may be replaced while it runs. before_answer: awaited before a request is handled."""
 
     handler: Handler
     host: str
     scheme: str
     requests: list[Request] = field(default_factory=list)
     connections: int = 0
+    before_answer: Callable[[Request], Awaitable[None]] | None = None
 
     @property
     def url(self) -> str:
@@ -73,6 +74,8 @@ class Web:
         try:
             while (request := await _receive(connection, stream)) is not None:
                 self.requests.append(request)
+                if self.before_answer is not None:
+                    await self.before_answer(request)
                 reply = self.handler(request)
                 if reply.hang:
                     await trio.sleep_forever()

@@ -31,11 +31,19 @@ _LOCAL: dict[str, Callable[[Path, str | None], Source]] = {
 _OTHERS = ("containers-storage", "dir", "docker-daemon", "ftp", "http", "https", "ostree", "sif", "tarball")
 
 
-def open_source(name: str, *, insecure: bool = False, authfile: Path | None = None, ca: Path | None = None) -> Source:
+def open_source(
+    name: str,
+    *,
+    insecure: bool = False,
+    authfile: Path | None = None,
+    ca: Path | None = None,
+    timeout: float | None = None,
+) -> Source:
     """The source that `name` means. UsageError if there is no such form, file or directory; no network is used yet.
 
     insecure: plain HTTP and unverified TLS are acceptable; authfile: credentials in Docker's format, instead of the
-    usual places; ca: certificates (PEM) to trust besides the system's.
+    usual places; ca: certificates (PEM) to trust besides the system's; timeout: how many seconds a read may take with
+    all its attempts, None for $CLIPFS_TIMEOUT or 90.
     """
     transport, colon, rest = name.partition(":")
     opener = _LOCAL.get(transport) if colon else None
@@ -55,4 +63,4 @@ def open_source(name: str, *, insecure: bool = False, authfile: Path | None = No
             else ""
         )
         raise UsageError(f"{error}. {hint}{_FORMS}") from None
-    return RegistrySource(reference, insecure=insecure, authfile=authfile, ca=ca)
+    return RegistrySource(reference, insecure=insecure, authfile=authfile, ca=ca, timeout=timeout)

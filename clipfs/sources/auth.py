@@ -2,6 +2,11 @@
 
 An `Authorizer` holds the Authorization header of one repository and renews it when the registry rejects it. It does not
 send requests to the registry, and does not know how requests are sent.
+
+Who gets credentials: the registry itself, over TLS, and the token server that it names, which may be on another host
+(Docker Hub's is). Docker and containerd ask no more of a token server than that the registry names it. Here it must be
+spoken to over TLS as well, unless both are on this machine or plain HTTP to that very host was allowed; and only the
+registry's own answers are believed to name one, never those of a host that a redirect or a layer's URL led to.
 """
 
 from __future__ import annotations
@@ -76,17 +81,19 @@ class Authorizer:
         self._authfile = authfile
         self._ask = ask
         self._known: Credentials | None = None
+        self._challenges: Sequence[str] = ()
         self._lock = trio.Lock()
 
     async def renew(self, challenges: Sequence[str], origin: str, rejected: str | None) -> None:
         """Find a header to replace `rejected`, or raise AuthError.
 
         challenges: the WWW-Authenticate headers of the registry at `origin` (scheme://host). Of many requests that are
-        rejected at once, one renews and the others use what it got.
+        rejected at once, one renews and the others use what it got. Where there are no challenges, the last ones count.
         """
         async with self._lock:
             if self.header != rejected:
                 return
+            challenges = self._challenges = challenges or self._challenges
             offered = {each.scheme: each for header in challenges for each in parse_challenges(header)}
             self._known = known = await trio.to_thread.run_sync(
                 credentials.find, self._host, self._repository, self._authfile, abandon_on_cancel=True
@@ -97,6 +104,10 @@ class Authorizer:
                 self.header = known.basic()
             else:
                 raise self.refused()
+
+    def renewable(self, used: str | None) -> bool:
+        """Whether a request that was sent with the header `used` could be sent with a newer one."""
+        return used is not None and bool(self._challenges)
 
     def refused(self, said: str = "") -> AuthError:
         """The sentence for somebody whom the registry does not let in; `said`: what it gave as a reason."""

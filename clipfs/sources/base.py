@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -79,8 +79,12 @@ class Source(ABC):
         """Where the blob lies on this machine, None if it does not."""
 
     @abstractmethod
-    def stream(self, blob: Descriptor) -> AsyncIterator[bytes]:
-        """The whole blob in pieces, in order, each once."""
+    def stream(self, blob: Descriptor) -> AsyncGenerator[bytes, None]:
+        """The whole blob in pieces, in order, each once. Who may stop early closes it, by `contextlib.aclosing`."""
+
+    def distrust(self, blob: Descriptor, at: int | None = None) -> None:  # noqa: B027 - most have one place to read from
+        """What came of a blob was wrong, at the offset `at` if that is known: take another way to it next time, if
+        there is one."""
 
     async def aclose(self) -> None:  # noqa: B027 - most sources hold nothing
         """Let go of connections. May be called more than once."""
@@ -133,7 +137,7 @@ class LocalSource(Source):
         # Abandoning is safe: the thread owns its descriptor and nobody sees what it read.
         return await trio.to_thread.run_sync(self._read, blob, start, end, abandon_on_cancel=True)
 
-    async def stream(self, blob: Descriptor) -> AsyncIterator[bytes]:
+    async def stream(self, blob: Descriptor) -> AsyncGenerator[bytes, None]:
         """See `Source.stream`."""
         for start in range(0, blob.size, _PIECE):
             yield await self.read_range(blob, start, min(start + _PIECE, blob.size))

@@ -20,12 +20,14 @@ from clipfs.sources.base import Source
 
 @dataclass(frozen=True, slots=True)
 class SourceOptions:
-    """How to reach a source. name overrides the one that the index remembers."""
+    """How to reach a source. name overrides the one that the index remembers. timeout: seconds that a read may take
+    with all its attempts, None for $CLIPFS_TIMEOUT or 90."""
 
     name: str | None = None
     insecure: bool = False
     authfile: Path | None = None
     ca: Path | None = None
+    timeout: float | None = None
 
 
 class LayerFetcher:
@@ -36,18 +38,17 @@ class LayerFetcher:
         self._name = self._options.name or name
         self._manifest = manifest
         self._source: Source | None = None
-        self._distrusted: list[Source] = []
         self._opening = trio.Lock()
 
     async def fetch(self, layer: int, start: int, end: int) -> bytes:
         """Bytes [start, end) of the blob of layer `layer`; SourceError if they cannot be had."""
         return await (await self._open()).read_range(self._manifest.layers[layer], start, end)
 
-    def distrust(self, layer: int) -> None:  # noqa: ARG002  the whole source is given up
-        """What came last of this layer was wrong: resolve and connect anew for what is asked next."""
+    def distrust(self, layer: int, at: int | None = None) -> None:
+        """What came of this layer was wrong: take another way to it next time, if there is one. at: where in the layer,
+        so that of several places the one that sent it is blamed; otherwise it is whoever sent the last range."""
         if self._source is not None:
-            self._distrusted.append(self._source)
-            self._source = None
+            self._source.distrust(self._manifest.layers[layer], at)
 
     async def _open(self) -> Source:
         async with self._opening:
@@ -55,7 +56,11 @@ class LayerFetcher:
                 options = self._options
                 try:
                     self._source = open_source(
-                        self._name, insecure=options.insecure, authfile=options.authfile, ca=options.ca
+                        self._name,
+                        insecure=options.insecure,
+                        authfile=options.authfile,
+                        ca=options.ca,
+                        timeout=options.timeout,
                     )
                 except UsageError as error:
                     raise SourceError(
@@ -70,5 +75,5 @@ class LayerFetcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with trio.CancelScope(shield=True), trio.move_on_after(5):
-            for source in filter(None, (self._source, *self._distrusted)):
-                await source.aclose()
+            if self._source is not None:
+                await self._source.aclose()

@@ -1,21 +1,26 @@
 """Images in a registry that speaks the OCI distribution protocol: manifests by tag or digest, ranges of blobs.
 
 It knows the protocol's paths and what an answer must look like to be believed; connections, credentials and retries are
-the business of `transport`, `auth` and `retry`.
+the business of `transport`, `auth` and `retry`. Where mirrors are configured, they are asked first; a digest means the
+same bytes everywhere, so a transfer that one place broke off goes on at another.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections import deque
+from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from clipfs.errors import ImageError, SourceError
+import trio
+
+from clipfs.errors import ImageError
 from clipfs.oci import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST, Descriptor, Digest, Manifest, Platform, Reference
+from clipfs.sources import mirrors
 from clipfs.sources.base import Document, LocalBlob, Source, check_range
-from clipfs.sources.retry import Patience, Transient, persist
+from clipfs.sources.retry import FAILURES, Deadlines, Server, Transient, Turns, persist
 from clipfs.sources.transport import Transport
 
 if TYPE_CHECKING:
@@ -25,62 +30,104 @@ if TYPE_CHECKING:
 _ACCEPT = ", ".join((*MANIFEST_TYPES, *INDEX_TYPES))
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
 
+# What may come before the wanted bytes, and is thrown away, when a server sends the whole blob instead of a range: a
+# second on a slow line. More than that would be a full download for every range.
+_MAX_SKIPPED = 4 << 20
+
+# Ranges whose sender is remembered: more than are under way at once, so that wrong bytes can be blamed on somebody.
+_REMEMBERED = 64
+
+
+class _Site(Server):
+    """A registry that has the repository, under the name that it has there."""
+
+    def __init__(self, reference: Reference, transport: Transport) -> None:
+        super().__init__(reference.host)
+        self.reference = reference
+        self.transport = transport
+
+
+class _Served(NamedTuple):
+    digest: Digest
+    start: int
+    end: int
+    site: _Site
+
 
 class RegistrySource(Source):
     """``docker://HOST/REPOSITORY[:TAG|@DIGEST]``. Needs no network before the first byte is asked for."""
 
     def __init__(
-        self, reference: Reference, *, insecure: bool = False, authfile: Path | None = None, ca: Path | None = None
+        self,
+        reference: Reference,
+        *,
+        insecure: bool = False,
+        authfile: Path | None = None,
+        ca: Path | None = None,
+        timeout: float | None = None,
     ) -> None:
         self.name = f"docker://{reference}"
         self._reference = reference
-        self._host = reference.host
-        self._transport = Transport(reference.host, reference.repository, insecure=insecure, authfile=authfile, ca=ca)
+        self._insecure, self._authfile, self._ca = insecure, authfile, ca
+        self._deadlines = Deadlines.chosen(timeout)
+        self._known_sites: list[_Site] = []
+        self._finding = trio.Lock()
+        self._served: deque[_Served] = deque(maxlen=_REMEMBERED)
 
     async def aclose(self) -> None:
         """See `Source.aclose`."""
-        await self._transport.aclose()
+        for site in self._known_sites:
+            await site.transport.aclose()
 
     def local(self, blob: Descriptor) -> LocalBlob | None:
         """See `Source.local`: nothing in a registry is on this machine."""
         del blob
         return None
 
+    def distrust(self, blob: Descriptor, at: int | None = None) -> None:
+        """See `Source.distrust`."""
+        for served in reversed(self._served):
+            if served.digest == blob.digest and (at is None or served.start <= at < served.end):
+                served.site.distrust()
+                served.site.transport.distrust(str(blob.digest))
+                return
+
     async def read_range(self, blob: Descriptor, start: int, end: int) -> bytes:
-        """See `Source.read_range`. A registry that ignores ranges costs what lies before the range, but works."""
+        """See `Source.read_range`. What has come stays when a connection breaks, and the rest is asked for."""
         check_range(blob, start, end)
         if start == end:
             return b""
-        what = _what(blob)
+        data = bytearray()
+        turns = await self._turns(_what(blob), end - start)
 
-        async def attempt() -> bytes:
-            data = bytearray()
+        async def attempt(site: _Site) -> None:
             async with (
-                self._blob(blob, start, end) as response,
-                aclosing(_exactly(response, start, end, blob, self._host)) as chunks,
+                _blob(site, blob, start + len(data), end) as response,
+                aclosing(_exactly(response, start + len(data), end, blob)) as chunks,
             ):
+                self._served.append(_Served(blob.digest, start + len(data), end, site))
                 async for chunk in chunks:
-                    data += chunk
-            return bytes(data)
+                    data.extend(chunk)
 
-        return await persist(self._host, what, end - start, attempt)
+        await persist(turns, attempt)
+        return bytes(data)
 
-    async def stream(self, blob: Descriptor) -> AsyncIterator[bytes]:
+    async def stream(self, blob: Descriptor) -> AsyncGenerator[bytes, None]:
         """See `Source.stream`. A broken connection is taken up again where it broke."""
         position = 0
-        patience = Patience(self._host, _what(blob), blob.size)
+        turns = await self._turns(_what(blob), blob.size)
         while position < blob.size:
             try:
                 async with (
-                    self._blob(blob, position, blob.size) as response,
-                    aclosing(_exactly(response, position, blob.size, blob, self._host)) as chunks,
+                    _blob(turns.server, blob, position, blob.size) as response,
+                    aclosing(_exactly(response, position, blob.size, blob)) as chunks,
                 ):
                     async for chunk in chunks:
                         position += len(chunk)
-                        patience.progressed()
+                        turns.progressed()
                         yield chunk
-            except Transient as failure:
-                await patience.pause(failure)
+            except FAILURES as failure:
+                await turns.failed(failure)
 
     async def _named(self, platform: Platform) -> Document:
         del platform
@@ -94,11 +141,11 @@ class RegistrySource(Source):
 
     async def _document(self, digest: Digest | None, tag: str | None) -> Document:
         """A manifest or index; verified if its digest is known, by the name or by the registry's own word."""
-        path = f"/v2/{self._reference.repository}/manifests/{digest or tag}"
         what = f"image {self._reference.repository}{f'@{digest}' if digest else f':{tag}'}"
 
-        async def attempt() -> Document:
-            async with self._transport.get(path, {"Accept": _ACCEPT}, what=what) as response:
+        async def attempt(site: _Site) -> Document:
+            path = f"/v2/{site.reference.repository}/manifests/{digest or tag}"
+            async with site.transport.get(path, {"Accept": _ACCEPT}, what=what) as response:
                 raw = bytearray()
                 async for chunk in response.aiter_raw():
                     raw += chunk
@@ -109,16 +156,39 @@ class RegistrySource(Source):
                 known = digest or (Digest.parse(stated) if stated else None)
                 return Document(known.verify(bytes(raw), "the manifest") if known else bytes(raw), kind or None)
 
-        return await persist(self._host, what, 0, attempt)
+        return await persist(await self._turns(what, 0), attempt)
 
-    def _blob(self, blob: Descriptor, start: int, end: int) -> AbstractAsyncContextManager[httpx2.Response]:
-        headers = {"Range": f"bytes={start}-{end - 1}"} if (start, end) != (0, blob.size) else {}
-        return self._transport.get(
-            f"/v2/{self._reference.repository}/blobs/{blob.digest}",
-            headers,
-            what=_what(blob),
-            remember=str(blob.digest),
+    async def _turns(self, what: str, size: int) -> Turns[_Site]:
+        return Turns(await self._sites(), what, size, self._deadlines)
+
+    async def _sites(self) -> list[_Site]:
+        """Mirrors and the registry itself, in the order in which they are asked; looked up when first needed."""
+        async with self._finding:
+            if not self._known_sites:
+                found = await trio.to_thread.run_sync(self._endpoints)
+                self._known_sites = [self._site(endpoint) for endpoint in found]
+            return self._known_sites
+
+    def _endpoints(self) -> list[mirrors.Endpoint]:
+        return mirrors.endpoints(self._reference, insecure=self._insecure)
+
+    def _site(self, endpoint: mirrors.Endpoint) -> _Site:
+        there = endpoint.reference
+        transport = Transport(
+            there.host,
+            there.repository,
+            insecure=endpoint.insecure,
+            authfile=self._authfile,
+            ca=self._ca,
+            deadlines=self._deadlines,
         )
+        return _Site(there, transport)
+
+
+def _blob(site: _Site, blob: Descriptor, start: int, end: int) -> AbstractAsyncContextManager[httpx2.Response]:
+    headers = {"Range": f"bytes={start}-{end - 1}"} if (start, end) != (0, blob.size) else {}
+    path = f"/v2/{site.reference.repository}/blobs/{blob.digest}"
+    return site.transport.get(path, headers, what=_what(blob), remember=str(blob.digest))
 
 
 def _what(blob: Descriptor) -> str:
@@ -126,20 +196,24 @@ def _what(blob: Descriptor) -> str:
     return f"blob {blob.digest}{note}"
 
 
-async def _exactly(
-    response: httpx2.Response, start: int, end: int, blob: Descriptor, host: str
-) -> AsyncGenerator[bytes, None]:
-    """The bytes [start, end) of a blob from an answer that has them, alone or in the whole blob."""
+async def _exactly(response: httpx2.Response, start: int, end: int, blob: Descriptor) -> AsyncGenerator[bytes, None]:
+    """The bytes [start, end) of a blob from an answer that has them, alone or in the whole blob. Transient if it has
+    others: whoever sent them may have been a cache in between, or one server of many."""
     partial = response.status_code == 206
     if partial:
-        _check_range_header(response.headers.get("Content-Range", ""), start, end, blob, host)
+        _check_range_header(response, start, end, blob)
+    elif start > _MAX_SKIPPED:
+        raise Transient(
+            "it answers no range requests, so that nothing can be read in place; copy the image to a registry that "
+            "does, or into an OCI layout (`skopeo copy`), and name that with --source"
+        )
     skip, left = 0 if partial else start, end - start
     async for received in response.aiter_raw():
         chunk = received[skip:]
         skip -= len(received) - len(chunk)
         wanted = chunk[:left]
         if len(wanted) < len(chunk) and (partial or end == blob.size):
-            raise SourceError(f"{host} sent more of blob {blob.digest} than it should have")
+            raise Transient(f"it sent more of blob {blob.digest} than it should have")
         left -= len(wanted)
         if wanted:
             yield wanted
@@ -150,10 +224,12 @@ async def _exactly(
         raise Transient(f"the connection ended {left} bytes early")
 
 
-def _check_range_header(header: str, start: int, end: int, blob: Descriptor, host: str) -> None:
+def _check_range_header(response: httpx2.Response, start: int, end: int, blob: Descriptor) -> None:
     """206 without the right Content-Range could be any bytes."""
-    told = _CONTENT_RANGE.fullmatch(header)
+    if response.headers.get("Content-Type", "").lower().startswith("multipart/"):
+        raise Transient("it sent a range in several parts, for which nobody asked")
+    told = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
     if told is None or (int(told[1]), int(told[2]) + 1) != (start, end):
-        raise SourceError(f"{host} was asked for bytes {start} to {end} of blob {blob.digest} and sent others")
+        raise Transient(f"it was asked for bytes {start} to {end} and sent others")
     if told[3] not in ("*", str(blob.size)):
-        raise SourceError(f"{host} says that blob {blob.digest} has {told[3]} bytes; its descriptor says {blob.size}")
+        raise Transient(f"it says that the blob has {told[3]} bytes; its descriptor says {blob.size}")

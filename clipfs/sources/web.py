@@ -18,8 +18,7 @@ from clipfs.format import HEADER_SIZE, PACKED, Header, Kind, Section
 from clipfs.sources.auth import is_loopback
 from clipfs.sources.fetcher import SourceOptions
 from clipfs.sources.place import Place, ReplacedError
-from clipfs.sources.retry import Deadlines, Transient, Turns, persist
-from clipfs.sources.retry import Place as Server
+from clipfs.sources.retry import Deadlines, Server, Transient, Turns, persist
 from clipfs.sources.transport import Transport
 
 if TYPE_CHECKING:

@@ -1,0 +1,133 @@
+"""The HTTP client: its connections, which way they go, and whom they may reach.
+
+Owned here: everything about the client that is decided once, and not for each request. `Connections` counts who uses a
+client, so that one that is given up can be closed when nobody needs it. What is sent is the business of `transport`.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import Iterable
+from pathlib import Path
+
+import httpcore2
+import httpx2
+import trio
+
+from clipfs.errors import SourceError, UsageError
+from clipfs.sources.addresses import Surroundings
+from clipfs.sources.proxies import proxy_for
+from clipfs.sources.redact import redacted, watch_client_logs
+from clipfs.sources.retry import Deadlines
+
+# Parallel requests to one host: browsers use 6, and read-ahead wants a few for itself.
+_CONNECTIONS = 16
+_LIMITS = httpx2.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS)
+# Ranges count bytes as they are stored; a compressed answer would have other ones.
+_HEADERS = {"Accept-Encoding": "identity", "User-Agent": "clipfs"}
+
+
+class Connections:
+    """An HTTP client. `users` counts the requests under way."""
+
+    def __init__(self, context: ssl.SSLContext, surroundings: Surroundings, deadlines: Deadlines) -> None:
+        self.users = 0
+        self.client = httpx2.AsyncClient(
+            transport=_Routes(context, surroundings),
+            follow_redirects=False,
+            trust_env=False,
+            timeout=httpx2.Timeout(deadlines.silence, connect=deadlines.connect, pool=None),
+            headers=_HEADERS,
+        )
+
+    async def aclose(self) -> None:
+        """Close all of them; requests under way fail."""
+        await self.client.aclose()
+
+
+def trusted_certificates(insecure: bool, ca: Path | None) -> ssl.SSLContext:
+    """Blocks: reads the system's certificates."""
+    watch_client_logs()
+    context = httpx2.create_ssl_context(verify=not insecure)
+    if ca is not None:
+        try:
+            context.load_verify_locations(ca)
+        except (OSError, ssl.SSLError) as error:
+            raise UsageError(f"cannot read certificates from {ca}: {error.strerror or error}") from None
+    return context
+
+
+class _Routes(httpx2.AsyncBaseTransport):
+    """Directly, or through the proxy that the environment names."""
+
+    def __init__(self, context: ssl.SSLContext, surroundings: Surroundings) -> None:
+        self._context, self._surroundings = context, surroundings
+        self._direct = _Guarded(context, surroundings)
+        self._proxies: dict[str, httpx2.AsyncHTTPTransport] = {}
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        url = request.url
+        # An address can be judged at once; what a name means shows when there is a connection.
+        self._surroundings.check(url.host, url.host)
+        port = url.port or {"http": 80, "https": 443}[url.scheme]
+        proxy = proxy_for(url.scheme, url.host, port, os.environ)
+        route = self._direct if proxy is None else self._through(proxy)
+        return await route.handle_async_request(request)
+
+    def _through(self, proxy: str) -> httpx2.AsyncHTTPTransport:
+        if proxy not in self._proxies:
+            try:
+                self._proxies[proxy] = httpx2.AsyncHTTPTransport(verify=self._context, limits=_LIMITS, proxy=proxy)
+            except (httpx2.InvalidURL, ValueError):
+                raise UsageError(f"the environment names a proxy of no use: {redacted(proxy)}") from None
+        return self._proxies[proxy]
+
+    async def aclose(self) -> None:
+        await self._direct.aclose()
+        for transport in self._proxies.values():
+            await transport.aclose()
+
+
+class _Guarded(httpx2.AsyncHTTPTransport):
+    """Connects to what the surroundings allow, and nothing else."""
+
+    def __init__(self, context: ssl.SSLContext, surroundings: Surroundings) -> None:
+        super().__init__(verify=context, limits=_LIMITS)
+        # The one way to have a say in where connections go: httpx2 passes no backend on.
+        self._pool = httpcore2.AsyncConnectionPool(
+            ssl_context=context,
+            max_connections=_LIMITS.max_connections,
+            max_keepalive_connections=_LIMITS.max_keepalive_connections,
+            keepalive_expiry=_LIMITS.keepalive_expiry,
+            network_backend=_Backend(surroundings),
+        )
+
+
+class _Backend(httpcore2.AsyncNetworkBackend):
+    """Looks where each new connection has led before a byte is sent on it."""
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        self._surroundings = surroundings
+        self._trio = httpcore2.TrioBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109  as httpcore2 has it
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
+    ) -> httpcore2.AsyncNetworkStream:
+        stream = await self._trio.connect_tcp(host, port, timeout, local_address, socket_options)
+        try:
+            self._surroundings.check(host, stream.get_extra_info("server_addr")[0])
+        except SourceError:
+            await stream.aclose()
+            raise
+        except OSError as error:  # it is gone already
+            raise httpcore2.ConnectError(str(error)) from error
+        return stream
+
+    async def sleep(self, seconds: float) -> None:
+        await trio.sleep(seconds)
