@@ -140,22 +140,22 @@ def _empty_dynamic_block() -> tuple[int, int]:
     return value, length
 
 
-def sparse_window(window: bytes, bit: int, data: bytes, length: int) -> bytes:
+def sparse_window(window: bytes, bit: int, data: bytes) -> bytes:
     """`window` with zeros where the stream at `data` never refers to it, and without what then leads it.
 
     The first 32 KiB are decoded behind three made-up windows: a byte that comes from the window differs between two
-    of them, and two of them together tell its place. data: compressed bytes from the boundary on, or the first 64 KiB
-    of them; length: output bytes that matter.
+    of them, and two of them together tell its place. data: the compressed bytes from the boundary on that a decoder
+    will be given, or the first `REACH` of them. How much of their output is wanted does not matter: a decoder that
+    looks ahead stumbles over the rest.
     """
     if not window:
         return b""
-    wanted = min(length, WINDOW)
     stream = primed(bit, data[:REACH])
     views = []
     for dictionary in _dictionaries():
         decoder = zlib.decompressobj(_RAW, dictionary[: len(window)])
-        views.append(decoder.decompress(stream, wanted))
-        if len(views[-1]) < wanted and not decoder.eof:
+        views.append(decoder.decompress(stream, WINDOW))
+        if len(views[-1]) < WINDOW and len(data) >= REACH and not decoder.eof:
             return window  # so much input for so little output: keep it all rather than guess
     low, high, other = views
     differs = int.from_bytes(low, "little") ^ int.from_bytes(other, "little")

@@ -108,5 +108,5 @@ class Ledger:
         if window:
             region = self._region
             head = os.pread(region.descriptor, min(end - seek.start, REACH), region.offset + seek.start)
-            window = sparse_window(window, seek.bit, head, seek.skip + length)
+            window = sparse_window(window, seek.bit, head)
         return Span(seek.start, end, position, length, digest.digest(), seek.bit, seek.skip, window)

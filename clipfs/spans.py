@@ -39,6 +39,10 @@ _PATIENCE = 4
 # A span ends, however little it holds, once it takes this many times as many compressed bytes as it should hold.
 _DENSITY = 2
 
+# Compressed bytes that a span takes beyond its end, if that is inside a deflate block. isal decodes up to three short
+# codes at once, and none of them if input ends among them.
+_AHEAD = 8
+
 # Decoded bytes yielded at a time.
 _CHUNK = 1 << 20
 
@@ -137,7 +141,7 @@ def _gzip(region: Region, ledger: Ledger, span_size: int) -> Generator[bytes, No
                     ledger.cut(inflater.position)
                     ledger.begin(Seek(inflater.position - (bit > 0), bit, inflater.window))
                 elif ledger.length >= longest:
-                    ledger.cut(inflater.position)
+                    ledger.cut(min(inflater.position + _AHEAD, region.size))
                 _reachable("gzip", ledger.start, inflater.position)
             if _full(ledger, inflater.position, span_size):
                 ledger.cut(inflater.position)

@@ -24,6 +24,7 @@ from tests.streams import (
     FHCRC,
     KB,
     MB,
+    Bits,
     checked,
     deflated,
     member,
@@ -91,6 +92,23 @@ def test_igzip(level: int) -> None:
     assert (max(span.skip for span in spans) > 0) == (level == 0)
 
 
+@pytest.mark.parametrize("plain", [prose(20 * KB), bytes(5000), b"aab" * 3000, mixed(50 * KB)], ids=len)
+def test_spans_that_end_inside_a_block(plain: bytes) -> None:
+    """Decoders look ahead, isal several short codes at once: a span must hold what it takes to decode it."""
+    for stream in (isal_zlib.compress(plain, 0, -15), deflated(plain, 9, zlib.Z_HUFFMAN_ONLY)):
+        for span_size in range(len(plain) // 200, len(plain) // 200 + 20):
+            spans = checked(member(plain, stream), plain, span_size)
+            assert any(span.skip for span in spans)
+
+
+def test_what_a_decoder_sees_ahead_may_refer_to_the_window() -> None:
+    """It fails there and then, whether that output is wanted or not. So the window must hold that too."""
+    plain = bytes(random.Random(3).choices(range(20), k=2000))
+    blob = member(plain, deflated(plain, 8, zlib.Z_FIXED, flush=zlib.Z_PARTIAL_FLUSH, every=100))
+    for span_size in (1, 2, 3, 5):
+        checked(blob, plain, span_size)
+
+
 @pytest.mark.parametrize("flush", [zlib.Z_PARTIAL_FLUSH, zlib.Z_SYNC_FLUSH, zlib.Z_FULL_FLUSH, zlib.Z_BLOCK])
 @pytest.mark.parametrize("every", [997, 64 * KB])
 def test_flush_points(flush: int, every: int) -> None:
@@ -122,6 +140,15 @@ def test_a_span_may_begin_with_a_sync_marker() -> None:
     # Three bits and padding to a whole byte, then the empty block's lengths.
     markers = [s for s in spans if blob[s.start + (s.bit > 5) + 1 :][:4] == b"\0\0\xff\xff" and not block_type(blob, s)]
     assert len({span.bit for span in markers}) > 4
+
+
+def test_the_farthest_byte_that_a_block_can_refer_to() -> None:
+    """32,768 bytes back; zlib's own encoder stops 262 bytes short of that, others do not."""
+    before = noise(32 * KB)
+    stored_block = Bits().put(0, 8).put(0x8000 | 0x7FFF << 16, 32).put(int.from_bytes(before, "little"), 8 * 32 * KB)
+    stream = stored_block.put(0b011, 3).code(1, 7).code(29, 5).put(8191, 13).code(0, 7).done()
+    spans = checked(member(before + before[:3], stream), before + before[:3], 32 * KB - 1)
+    assert spans[1].window.rstrip(b"\0") == before[:3]
 
 
 HEADERS = {
