@@ -23,8 +23,8 @@ from tests.registry import Registry
 PULL = "skopeo copy + umoci unpack + runc run"
 DOWNLOAD = "plain download of the layer"
 
-# What people run in images: a Python with numpy and a Node.js.
-_PACKAGES = ("python3", "python3-numpy", "nodejs")
+# What people run in images: a scientific Python and a Node.js.
+_PACKAGES = ("python3", "python3-numpy", "python3-scipy", "nodejs")
 
 _ROUND_TRIP = 0.02
 _SLOW, _FAST = 3e6, 100e6
