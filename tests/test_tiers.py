@@ -57,7 +57,7 @@ class Source:
             data[len(data) // 2] ^= 0x10
         return bytes(data)
 
-    def distrust(self, layer: int) -> None:
+    def distrust(self, layer: int, at: int | None = None) -> None:
         self.distrusted += 1
 
     @property

@@ -107,7 +107,7 @@ class FakeFetcher:
         data = self._index.layers[layer].blob[start:end]
         return self.changes.pop(0)(data) if self.changes else data
 
-    def distrust(self, layer: int) -> None:
+    def distrust(self, layer: int, at: int | None = None) -> None:
         self.distrusted.append(layer)
 
 

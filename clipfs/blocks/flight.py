@@ -23,8 +23,8 @@ class SpanFetcher(Protocol):
     async def fetch(self, layer: int, start: int, end: int) -> bytes:
         """Bytes [start, end) of the blob of layer number `layer`. ClipfsError if they cannot be had."""
 
-    def distrust(self, layer: int) -> None:
-        """What came last of this layer was wrong: take another way next time, if there is one."""
+    def distrust(self, layer: int, at: int | None = None) -> None:
+        """What came of this layer, from the compressed byte `at` on, was wrong: take another way next time."""
 
 
 class Flight:

@@ -216,7 +216,7 @@ class Flights:
     def _distrust(self, layer: int, number: int, error: IntegrityError) -> None:
         self._counters.refetched()
         self._journal.refetched(layer, number, str(error))
-        self._fetcher.distrust(layer)
+        self._fetcher.distrust(layer, self._layers[layer].spans[number].start)
 
     async def _decoded(self, flight: Flight, data: memoryview) -> list[bytes]:
         codec = self._layers[flight.layer].codec
