@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 from isal import isal_zlib
@@ -113,11 +113,12 @@ def _verified(plain: bytes, span: Span) -> bytes:
 
 
 class Forward:
-    """Decodes the spans of one zstd frame in order, each once: the first at the frame's beginning, each next one from
-    where the one before it ended. For frames too long to begin anew for every span."""
+    """Decodes the spans of one frame in order, each once: the first where the frame begins, each next one from where
+    the one before it ended. A frame is what several spans share that begin at the same compressed byte."""
 
-    def __init__(self) -> None:
-        self._stream = ZstdStream()
+    def __init__(self, codec: Codec, first: Span) -> None:
+        self._gzip = _GzipStream(first) if codec is Codec.GZIP else None
+        self._zstd = ZstdStream()
 
     def decode(self, span: Span, data: bytes | memoryview) -> bytes:
         """The decoded bytes of the next span, given the layer's bytes from the end of the last one to span.end.
@@ -127,42 +128,62 @@ class Forward:
         if span.length > MAX_SPAN:
             raise IntegrityError(f"the index says that a span decodes to {span.length} bytes, more than any may")
         try:
-            plain = _taken(self._stream.decode(data), 0, span.length)
-        except (_BrokenError, ZstdStreamError) as error:
+            plain = _taken(self._decode(data, span.length), 0, span.length)
+        except (_BrokenError, HeaderError, ZstdStreamError) as error:
             where = f"bytes {span.start} to {span.end} of the layer"
             raise IntegrityError(f"{where} do not decode: {error}") from error
         return _verified(plain, span)
+
+    def _decode(self, data: bytes | memoryview, wanted: int) -> Iterator[bytes]:
+        return self._zstd.decode(data) if self._gzip is None else self._gzip.decode(data, wanted)
 
 
 def _copy(span: Span, data: bytes | memoryview) -> bytes:
     return bytes(data[span.skip : span.skip + span.length])
 
 
-def _gunzip(span: Span, data: bytes | memoryview) -> bytes:
-    """A span begins at a deflate block or at the header of a gzip member. No block begins with the first byte of a
-    header, whose lowest three bits would make it one of a type that is reserved."""
-    stream = memoryview(primed(span.bit, data))
-    decoder = isal_zlib.decompressobj(wbits=-zlib.MAX_WBITS, zdict=span.window)
-    pieces, skip, wanted = [], span.skip, span.length
-    at = header_end(stream) if span.bit == 0 and stream[:1] == _MAGIC else 0
-    while wanted:
-        fed = stream[at : at + _PIECE]
-        try:
-            piece = decoder.decompress(fed, min(skip, _DISCARD) or wanted)
-        except _IsalError as error:
-            raise _BrokenError(str(error)) from error
-        at += len(fed) - len(decoder.unconsumed_tail) - len(decoder.unused_data)
-        if skip:
-            skip -= len(piece)
+class _GzipStream:
+    """A deflate stream from a seek point on, through as many gzip members as there are, that arrives in parts.
+
+    It begins at a deflate block or at the header of a gzip member. No block begins with the first byte of a header,
+    whose lowest three bits would make it one of a type that is reserved.
+    """
+
+    def __init__(self, span: Span) -> None:
+        self._bit = span.bit
+        self._decoder = isal_zlib.decompressobj(wbits=-zlib.MAX_WBITS, zdict=span.window)
+        self._stream: memoryview | None = None
+        self._at = 0
+        self._ended = False  # a member has, and its footer is next
+
+    def decode(self, data: bytes | memoryview, wanted: int) -> Iterator[bytes]:
+        """`wanted` decoded bytes, in pieces. What they do not need of `data` is kept for the next call."""
+        if self._stream is None:
+            self._stream = memoryview(primed(self._bit, data))
+            self._at = header_end(self._stream) if self._bit == 0 and self._stream[:1] == _MAGIC else 0
         else:
-            pieces.append(piece)
+            self._stream, self._at = memoryview(b"".join((self._stream[self._at :], data))), 0
+        while wanted:
+            if self._ended:
+                # Only now: a span may end where a member does, and then nobody needs to know what follows.
+                self._at, self._ended = header_end(self._stream, self._at + FOOTER), False
+            fed = self._stream[self._at : self._at + _PIECE]
+            try:
+                piece = self._decoder.decompress(fed, min(wanted, _DISCARD))
+            except _IsalError as error:
+                raise _BrokenError(str(error)) from error
+            self._at += len(fed) - len(self._decoder.unconsumed_tail) - len(self._decoder.unused_data)
             wanted -= len(piece)
-        if decoder.eof:
-            at = header_end(stream, at + FOOTER) if wanted else at
-            decoder = isal_zlib.decompressobj(wbits=-zlib.MAX_WBITS)
-        elif not piece and not fed:
-            raise _BrokenError("they end too early")
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            if self._decoder.eof:
+                self._decoder, self._ended = isal_zlib.decompressobj(wbits=-zlib.MAX_WBITS), True
+            elif not piece and not fed:
+                raise _BrokenError("they end too early")
+            if piece:
+                yield piece
+
+
+def _gunzip(span: Span, data: bytes | memoryview) -> bytes:
+    return _taken(_GzipStream(span).decode(data, span.skip + span.length), span.skip, span.length)
 
 
 def _unzstd(span: Span, data: bytes | memoryview) -> bytes:
@@ -183,8 +204,10 @@ def _taken(pieces: Iterable[bytes], skip: int, wanted: int) -> bytes:
             taken.append(kept)
             wanted -= len(kept)
         if not wanted:
-            return b"".join(taken)
-    raise _BrokenError("they end too early")
+            break
+    if wanted:
+        raise _BrokenError("they end too early")
+    return b"".join(taken)
 
 
 _DECODERS = {Codec.RAW: _copy, Codec.GZIP: _gunzip, Codec.ZSTD: _unzstd}

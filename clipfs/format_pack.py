@@ -129,22 +129,25 @@ def _pack_extents(extents: Sequence[Extent]) -> bytes:
 
 
 def _pack_spans(layers: Sequence[Layer]) -> tuple[bytes, bytes]:
-    """(records, windows). Windows are compressed one by one, because they are needed one by one."""
+    """(records, windows). Windows are compressed one by one, because they are needed one by one; spans that begin at
+    the same place share theirs."""
     compressor = zstandard.ZstdCompressor(level=_WINDOW_LEVEL, write_checksum=False)
     records: list[bytes] = []
     windows: list[bytes] = []
-    at = 0
+    at, last, size = 0, b"", 0
     for layer in layers:
         for span in layer.spans:
-            window = compressor.compress(span.window) if span.window else b""
+            if span.window and span.window != last:
+                at += size
+                windows.append(compressor.compress(span.window))
+                last, size = span.window, len(windows[-1])
+            shared = (at, size) if span.window else (0, 0)
             try:
                 record = SPAN.pack(
-                    span.start, span.end, span.position, span.skip, at if window else 0, span.length, len(window),
+                    span.start, span.end, span.position, span.skip, shared[0], span.length, shared[1],
                     span.bit, span.digest,
                 )  # fmt: skip
             except struct.error:
                 raise ImageError("one stretch of it decodes to more than 4 GiB", layer=layer.digest) from None
             records.append(record)
-            windows.append(window)
-            at += len(window)
     return b"".join(records), b"".join(windows)

@@ -24,7 +24,7 @@ from clipfs.format import Layer
 from clipfs.layer import Entry, TarWalk
 from clipfs.oci import Descriptor, Digest
 from clipfs.sources.base import LocalBlob, Source
-from clipfs.spans import SPAN_SIZE, scan
+from clipfs.spans import PIECES, SPAN_SIZE, scan
 from clipfs.tree import Tree
 
 # What hashing a blob reads at a time: large enough that the GIL is released for most of the second it takes.
@@ -112,7 +112,7 @@ def index_layer(
         whole = hashers.submit(_digest_of, local, blob.digest, given_up)
         try:
             codec = detect(_head(local))
-            with scan(local.path, local.offset, local.size, codec, span_size) as decoded:
+            with scan(local.path, local.offset, local.size, codec, span_size, PIECES) as decoded:
                 hashed: Future[None] = hashers.submit(lambda: None)
                 for chunk in decoded:
                     trio.from_thread.check_cancelled()

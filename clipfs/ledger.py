@@ -60,13 +60,19 @@ class Ledger:
         self._done: list[Future[Span]] = []
         self._hash = hashlib.sha256()
         self._seek = Seek(0)
-        self._position = 0
+        self._position = self._end = 0
+        self._sparse: tuple[bytes, bytes] = b"", b""
         self.length = 0
 
     @property
     def start(self) -> int:
         """The compressed byte that decoding of the span under way begins at."""
         return self._seek.start
+
+    @property
+    def run(self) -> int:
+        """Decoded bytes since decoding could begin."""
+        return self._seek.skip + self.length
 
     def begin(self, seek: Seek) -> None:
         """Decoding can begin here. Only a span that holds nothing yet makes use of it."""
@@ -83,6 +89,8 @@ class Ledger:
         begin where this one did."""
         if not self.length:
             return
+        # What one piece takes beyond its end may be more than all of the next one.
+        end = self._end = max(end, self._end) if self._seek.skip else end
         job = self._thread.submit(self._span, self._seek, end, self._position, self.length, self._hash)
         self._done.append(job)
         self._submit(job)
@@ -104,9 +112,9 @@ class Ledger:
             self._behind.popleft().result()
 
     def _span(self, seek: Seek, end: int, position: int, length: int, digest: Any) -> Span:
-        window = seek.window
-        if window:
+        if seek.window is not self._sparse[0]:
+            # All pieces that begin there share it, and some are shorter than what may refer to it.
             region = self._region
-            head = os.pread(region.descriptor, min(end - seek.start, REACH), region.offset + seek.start)
-            window = sparse_window(window, seek.bit, head)
-        return Span(seek.start, end, position, length, digest.digest(), seek.bit, seek.skip, window)
+            head = os.pread(region.descriptor, min(region.size - seek.start, REACH), region.offset + seek.start)
+            self._sparse = seek.window, sparse_window(seek.window, seek.bit, head) if seek.window else b""
+        return Span(seek.start, end, position, length, digest.digest(), seek.bit, seek.skip, self._sparse[1])

@@ -8,10 +8,11 @@ import stat
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from clipfs.blocks import journal
+from clipfs.format import Span
 from clipfs.index import Index
 from clipfs.log import redacted
 from clipfs.report import TIERS, VERSION, WHYS, Ahead, Fetch, FileUse, LayerUse, Mounted, Report, Said, Touched
@@ -63,7 +64,7 @@ class _Making:
             for number in range(event["first"], event["last"] + 1):
                 self._fetched.setdefault((event["layer"], number), (_why(event), float(event["at"])))
         self._paths = paths(index, {event["address"] for event in self._wants.values()})
-        self._starts = [[span.start for span in layer.spans] for layer in index.layers]
+        self._starts = [_starts(layer.spans) for layer in index.layers]
 
     def _sort(self, event: Mapping[str, Any]) -> None:
         kind, at = event.get("event"), event.get("at")
@@ -225,3 +226,13 @@ def _tier(event: Mapping[str, Any]) -> str:
 
 def _ratio(part: int, whole: int) -> float | None:
     return round(part / whole, 4) if whole else None
+
+
+def _starts(spans: Sequence[Span]) -> list[int]:
+    """Where the bytes are that each span brings. Pieces that share a seek point follow each other."""
+    found: list[int] = []
+    end = 0
+    for span in spans:
+        found.append(max(found[-1], end) if span.skip and found else span.start)
+        end = span.end
+    return found

@@ -33,6 +33,10 @@ from clipfs.zstd import WINDOW_LIMIT
 # are 0.66 % of the layers with 1 MiB, 0.35 % with 2 MiB, 0.18 % with 4 MiB; they are to stay below 0.3 %.
 SPAN_SIZE = 4 << 20
 
+# A gzip span is cut into as many pieces, which share its seek point and window: whoever needs the first of them fetches
+# and decodes no more, and who needs a later one gets those before it besides.
+PIECES = 4
+
 # Encoders end a deflate block after some ten thousand symbols, far below 4 MiB; zstd frames are as long as one likes.
 _PATIENCE = 4
 
@@ -61,7 +65,9 @@ class Scan:
     Iterating raises ImageError where the compressed stream is damaged, cut off, or of a kind that is not read.
     """
 
-    def __init__(self, path: Path, offset: int, size: int, codec: Codec, span_size: int = SPAN_SIZE) -> None:
+    def __init__(
+        self, path: Path, offset: int, size: int, codec: Codec, span_size: int = SPAN_SIZE, pieces: int = 1
+    ) -> None:
         if not 0 < span_size <= MAX_SPAN // (2 * _PATIENCE):
             raise ValueError(f"span_size must be between 1 and {MAX_SPAN // (2 * _PATIENCE)}, not {span_size}")
         self.spans: list[Span] = []
@@ -71,7 +77,7 @@ class Scan:
             raise SourceError(f"cannot read {path}: {error.strerror}") from error
         self._region = Region(self._descriptor, offset, size)
         self._ledger = Ledger(self._region)
-        self._chunks = _SCANNERS[codec](self._region, self._ledger, span_size)
+        self._chunks = _SCANNERS[codec](self._region, self._ledger, span_size, pieces)
         self._reported = 0
         self._closed = False
 
@@ -101,12 +107,13 @@ class Scan:
         self.close()
 
 
-def scan(path: Path, offset: int, size: int, codec: Codec, span_size: int = SPAN_SIZE) -> Scan:
+def scan(path: Path, offset: int, size: int, codec: Codec, span_size: int = SPAN_SIZE, pieces: int = 1) -> Scan:
     """A pass over the layer in bytes [offset, offset + size) of the file `path`; use it in a ``with``."""
-    return Scan(path, offset, size, codec, span_size)
+    return Scan(path, offset, size, codec, span_size, pieces)
 
 
-def _raw(region: Region, ledger: Ledger, span_size: int) -> Generator[bytes, None, None]:
+def _raw(region: Region, ledger: Ledger, span_size: int, pieces: int) -> Generator[bytes, None, None]:
+    span_size = max(1, span_size // pieces)
     while region.position < region.size:
         ledger.begin(Seek(region.position))
         chunk = region.read(region.position, min(_CHUNK, span_size - ledger.length))
@@ -119,8 +126,9 @@ def _raw(region: Region, ledger: Ledger, span_size: int) -> Generator[bytes, Non
         yield chunk
 
 
-def _gzip(region: Region, ledger: Ledger, span_size: int) -> Generator[bytes, None, None]:
-    longest = span_size * _PATIENCE
+def _gzip(region: Region, ledger: Ledger, span_size: int, pieces: int) -> Generator[bytes, None, None]:
+    piece = max(1, span_size // pieces)
+    longest = piece * _PATIENCE
     with Inflater(region.descriptor, region.offset, region.size) as inflater:
         member: int | None = 0
         while member is not None:
@@ -130,7 +138,7 @@ def _gzip(region: Region, ledger: Ledger, span_size: int) -> Generator[bytes, No
             stop = Stop.FULL
             while stop is not Stop.END:
                 overdue = _full(ledger, inflater.position, span_size)
-                chunk, stop = inflater.step((longest if overdue else span_size) - ledger.length, blocks=overdue)
+                chunk, stop = inflater.step((longest if overdue else piece) - ledger.length, blocks=overdue)
                 region.position = inflater.position
                 if chunk:
                     size, checksum = size + len(chunk), isal_zlib.crc32(chunk, checksum)
@@ -140,7 +148,7 @@ def _gzip(region: Region, ledger: Ledger, span_size: int) -> Generator[bytes, No
                     bit = inflater.bit
                     ledger.cut(inflater.position)
                     ledger.begin(Seek(inflater.position - (bit > 0), bit, inflater.window))
-                elif ledger.length >= longest:
+                elif ledger.length >= (longest if ledger.run >= span_size else piece):
                     ledger.cut(min(inflater.position + _AHEAD, region.size))
                 _reachable("gzip", ledger.start, inflater.position)
             if _full(ledger, inflater.position, span_size):
@@ -152,7 +160,7 @@ def _gzip(region: Region, ledger: Ledger, span_size: int) -> Generator[bytes, No
 def _full(ledger: Ledger, position: int, span_size: int) -> bool:
     """Is it time to end the span under way, at compressed byte `position`? Bytes that decode to nothing, such as empty
     members, have to be fetched too."""
-    return ledger.length >= span_size or position - ledger.start >= _DENSITY * span_size
+    return ledger.run >= span_size or position - ledger.start >= _DENSITY * span_size
 
 
 def _reachable(codec: str, start: int, end: int) -> None:
@@ -191,7 +199,7 @@ def _next_member(region: Region, footer: int, checksum: int, size: int) -> int |
     return None if at == region.size else member
 
 
-def _zstd(region: Region, ledger: Ledger, span_size: int) -> Generator[bytes, None, None]:
+def _zstd(region: Region, ledger: Ledger, span_size: int, _: int) -> Generator[bytes, None, None]:
     end = 0
     while region.position < region.size:
         start = region.position
@@ -268,7 +276,7 @@ def _frame_blocks(region: Region) -> Iterator[bytes]:
             yield blocks
 
 
-_SCANNERS: dict[Codec, Callable[[Region, Ledger, int], Generator[bytes, None, None]]] = {
+_SCANNERS: dict[Codec, Callable[[Region, Ledger, int, int], Generator[bytes, None, None]]] = {
     Codec.RAW: _raw,
     Codec.GZIP: _gzip,
     Codec.ZSTD: _zstd,

@@ -61,6 +61,7 @@ class SpanTable(Sequence[Span]):
         self._words = memoryview(buffer)[at : at + count * SPAN.size].cast("Q")
         self._starts = self._words[::_SPAN_WORDS]
         self._positions = self._words[_POSITION_WORD::_SPAN_WORDS]
+        self._skips = self._words[_POSITION_WORD + 1 :: _SPAN_WORDS]
 
     def __len__(self) -> int:
         return self._count
@@ -112,18 +113,20 @@ class SpanTable(Sequence[Span]):
         return self._buffer[at - _DIGEST_SIZE : at]
 
     def frame(self, number: int) -> range:
-        """The numbers of the spans that begin at the same compressed byte as this one, itself included: decoding any
-        of them passes those before it."""
-        starts, first, last = self._starts, number, number + 1
-        while first and starts[first - 1] == starts[number]:
+        """The numbers of the spans that decoding passes one after the other, this one included: from the one at whose
+        beginning decoding begins, to the last that follows without a gap."""
+        first, last, starts, skips = number, number + 1, self._starts, self._skips
+        start, gap = starts[number], self._positions[number] - skips[number]
+        while first and starts[first - 1] == start and self._positions[first - 1] - skips[first - 1] == gap:
             first -= 1
-        while last < self._count and starts[last] == starts[number]:
+        while last < self._count and starts[last] == start and self._positions[last] - skips[last] == gap:
             last += 1
-        return range(first, last)
+        return range(first, last) if not skips[first] else range(number, number + 1)
 
     def release(self) -> None:
         """Let go of the mapped file."""
         self._starts.release()
+        self._skips.release()
         self._positions.release()
         self._words.release()
 

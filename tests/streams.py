@@ -128,18 +128,23 @@ def stored(blob: bytes) -> Iterator[tuple[Path, int, int]]:
         os.close(descriptor)
 
 
-def scanned(blob: bytes, span_size: int = SPAN_SIZE, codec: Codec | None = None) -> tuple[bytes, list[Span]]:
+def scanned(
+    blob: bytes, span_size: int = SPAN_SIZE, codec: Codec | None = None, pieces: int = 1
+) -> tuple[bytes, list[Span]]:
     """What a scan says: the decoded bytes, and the spans."""
-    with stored(blob) as place, scan(*place, detect(blob[:512]) if codec is None else codec, span_size) as passing:
+    codec = detect(blob[:512]) if codec is None else codec
+    with stored(blob) as place, scan(*place, codec, span_size, pieces) as passing:
         plain = b"".join(passing)
         return plain, passing.spans
 
 
-def checked(blob: bytes, plain: bytes, span_size: int = SPAN_SIZE, codec: Codec | None = None) -> list[Span]:
+def checked(
+    blob: bytes, plain: bytes, span_size: int = SPAN_SIZE, codec: Codec | None = None, pieces: int = 1
+) -> list[Span]:
     """The spans of `blob`, after making sure that they tile `plain`, and that each decodes alone, in any order, from
     its own compressed bytes and no others."""
     codec = detect(blob[:512]) if codec is None else codec
-    found, spans = scanned(blob, span_size, codec)
+    found, spans = scanned(blob, span_size, codec, pieces)
     assert found == plain
     position = 0
     for span in spans:

@@ -10,6 +10,7 @@ import shutil
 import socket
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,7 +155,7 @@ class TestWhatComesOut:
         require_root()
         require_programs("runc", "busybox")
         clip = packed(busybox_root(tmp_path / "root"), tmp_path / "x.clip")
-        done = run("python3", "-m", "clipfs", "run", "--rm", "--base", tmp_path / "base", clip, "echo", "hello")
+        done = run(sys.executable, "-m", "clipfs", "run", "--rm", "--base", tmp_path / "base", clip, "echo", "hello")
         assert (done.stdout, done.returncode) == ("hello\n", 0), done.stderr
 
     def test_a_file_that_is_replaced_is_read_on(self, small: Path, runtime: Path, tmp_path: Path) -> None:

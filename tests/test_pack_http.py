@@ -7,6 +7,7 @@ import filecmp
 import functools
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -103,7 +104,9 @@ class TestNginx:
     def test_mount_by_the_url(self, nginx: Nginx, runtime: Path, tmp_path: Path) -> None:
         (tmp_path / "mnt").mkdir()
         url = f"{nginx.url}/x.clip"
-        done = run("python3", "-m", "clipfs.cli.helper", url, tmp_path / "mnt", "-o", f"ca={nginx.ca},cache-size=0")
+        done = run(
+            sys.executable, "-m", "clipfs.cli.helper", url, tmp_path / "mnt", "-o", f"ca={nginx.ca},cache-size=0"
+        )
         assert done.returncode == 0, done.stderr
         try:
             assert (tmp_path / "mnt/big").read_bytes() == BIG

@@ -60,10 +60,9 @@ def compressed(data: str, how: Compression) -> bytes:
 def test_spans_tile_the_layer_and_each_decodes_alone(how: Compression, data: str, span_size: int) -> None:
     blob = compressed(data, how)
     spans = checked(blob, DATA[data], span_size, Codec.RAW if how == "none" else None)
-    if how in ("none", "gzip", "pigz", "multi-gzip"):
+    if how in ("none", "gzip", "pigz", "multi-gzip") and data != "zeros":  # of which a block may hold millions
         assert all(span.length >= span_size for span in spans[:-1])
-        if data != "zeros":  # of which a block may hold millions
-            assert all(span.skip == 0 and span.length < span_size + 400 * KB for span in spans)
+        assert all(span.skip == 0 and span.length < span_size + 400 * KB for span in spans)
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ class TestForward:
 
     @pytest.mark.parametrize("name", ["one frame", "with a checksum", "without a size", "flushed often"])
     def test_in_order(self, name: str) -> None:
-        blob, forward, at = STREAMS[name], Forward(), 0
+        blob, forward, at = STREAMS[name], Forward(Codec.ZSTD, Span(0, 0, 0, 0, b"")), 0
         spans = self.spans(name)
         assert len(spans) >= 10
         for span in spans:
@@ -236,7 +236,7 @@ class TestForward:
             first, second, *_ = self.spans("with a checksum")
             bad = bytearray(blob[: second.end])
             bad[chance.randrange(len(bad))] ^= 1 << chance.randrange(8)
-            forward = Forward()
+            forward = Forward(Codec.ZSTD, Span(0, 0, 0, 0, b""))
             with pytest.raises(IntegrityError):
                 b"".join(
                     forward.decode(span, bytes(bad[at : span.end])) for at, span in ((0, first), (first.end, second))
@@ -245,11 +245,11 @@ class TestForward:
     def test_a_span_out_of_its_order(self) -> None:
         first, second, *_ = self.spans("one frame")
         with pytest.raises(IntegrityError):
-            Forward().decode(second, STREAMS["one frame"][first.end : second.end])
+            Forward(Codec.ZSTD, Span(0, 0, 0, 0, b"")).decode(second, STREAMS["one frame"][first.end : second.end])
 
     def test_a_span_that_is_too_long(self) -> None:
         with pytest.raises(IntegrityError, match="more than any may"):
-            Forward().decode(Span(0, 4, 0, 1 << 40, bytes(32)), b"data")
+            Forward(Codec.ZSTD, Span(0, 0, 0, 0, b"")).decode(Span(0, 4, 0, 1 << 40, bytes(32)), b"data")
 
 
 def test_prose_is_cut_where_frames_end() -> None:

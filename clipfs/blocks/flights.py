@@ -249,12 +249,12 @@ class Flights:
         flight = self._flights.get((layer, number))
         if flight is not None:
             self._land(flight, blocks)
-        if self._disk is not None:
-            claim = claim or self._disk.claim(self._layers[layer].spans.digest(number))
-            if claim is not None:
-                await self._keeper.keep(claim, blocks)
-        elif flight is None:
+        else:
             self._remember(layer, number, blocks)
+        if claim is not None:
+            await self._keeper.keep(claim, blocks)
+        elif self._disk is not None:
+            await self._keeper.keep_unclaimed(self._disk, self._layers[layer].spans.digest(number), blocks)
 
     # --- the end of a flight
 

@@ -1,7 +1,9 @@
-"""Long zstd frames, in which decoding cannot begin: decoded forward, once, as far as somebody wants.
+"""Spans that begin at the same compressed byte: decoded forward, once, as far as somebody wants.
 
-A few frames are held open, each at the place that decoding has come to. Who wants a span behind that place has to begin
-anew, which the cache on disk makes rare. This module fetches nothing; it says which bytes are needed next.
+They are what a layer has between two places where decoding can begin: the pieces between two seek points of a gzip
+layer, or all of a zstd frame. A few such frames are held open, each at the place that decoding has come to. Who wants a
+span behind that place has to begin anew, which the caches make rare. This module fetches nothing; it says which bytes
+are needed next.
 """
 
 from __future__ import annotations
@@ -16,24 +18,26 @@ from clipfs.blocks.plan import BLOCK, LayerView, Spans
 from clipfs.codec import Forward
 from clipfs.format import Codec
 
-# Frames held open. Each has a window of up to 128 MiB, usually 8.
-_OPEN = 2
+# Frames held open. A gzip decoder has a window of 32 KiB, a zstd decoder one of up to 128 MiB, usually 8.
+_OPEN = {Codec.GZIP: 32, Codec.ZSTD: 2}
 
 
 class Frame:
     """One frame of a layer, and how far it is decoded. `numbers` are its spans."""
 
-    def __init__(self, spans: Spans, numbers: range) -> None:
+    def __init__(self, codec: Codec, spans: Spans, numbers: range) -> None:
         self.lock = trio.Lock()
-        self._spans, self._numbers = spans, numbers
-        self._next = numbers.start
-        self._forward = Forward()
+        self._codec, self._spans, self._numbers = codec, spans, numbers
+        self._begin()
+
+    def _begin(self) -> None:
+        self._next = self._numbers.start
+        self._forward = Forward(self._codec, self._spans[self._next])
 
     def begin_before(self, number: int) -> None:
         """Make sure that span `number` is still to come."""
         if number < self._next:
-            self._next = self._numbers.start
-            self._forward = Forward()
+            self._begin()
 
     def stretch(self, last: int, most: int) -> tuple[range, int, int]:
         """What to decode next: spans up to `last`, of about `most` compressed bytes, and the bytes [start, end) that
@@ -59,7 +63,7 @@ class Frame:
                 self._next = number + 1
         except BaseException:
             # It stands in the middle of a span now.
-            self._next, self._forward = self._numbers.start, Forward()
+            self._begin()
             raise
         return found
 
@@ -69,21 +73,23 @@ class Frames:
 
     def __init__(self, layers: Sequence[LayerView]) -> None:
         self._layers = layers
-        self._open: OrderedDict[tuple[int, int], Frame] = OrderedDict()
+        self._open: dict[Codec, OrderedDict[tuple[int, int], Frame]] = {codec: OrderedDict() for codec in _OPEN}
 
     def serves(self, layer: int, number: int) -> bool:
         """Is this span one of several of the same frame?"""
-        return self._layers[layer].codec is Codec.ZSTD and len(self._layers[layer].spans.frame(number)) > 1
+        return self._layers[layer].codec in _OPEN and len(self._layers[layer].spans.frame(number)) > 1
 
     @asynccontextmanager
     async def at(self, layer: int, number: int) -> AsyncIterator[Frame]:
         """The frame of a span, for one user at a time."""
         numbers = self._layers[layer].spans.frame(number)
         key = (layer, numbers.start)
-        frame = self._open.pop(key, None) or Frame(self._layers[layer].spans, numbers)
-        self._open[key] = frame
-        if len(self._open) > _OPEN:
+        codec = self._layers[layer].codec
+        opened = self._open[codec]
+        frame = opened.pop(key, None) or Frame(codec, self._layers[layer].spans, numbers)
+        opened[key] = frame
+        if len(opened) > _OPEN[codec]:
             # Whoever uses it goes on; it is only not found any more.
-            self._open.popitem(last=False)
+            opened.popitem(last=False)
         async with frame.lock:
             yield frame

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import trio
 
-from clipfs.blocks.disk import Claim
+from clipfs.blocks.disk import Claim, DiskCache
 
 # Decoded bytes that may wait to be written: eight spans of usual size.
 _BACKLOG = 32 << 20
@@ -33,7 +33,21 @@ class Keeper:
 
     async def keep(self, claim: Claim, blocks: Sequence[bytes]) -> None:
         """See to it that the span is written and its claim ends; returns when there is room for more."""
-        size, token = sum(map(len, blocks)), trio.lowlevel.current_trio_token()
+        if not await self._do(lambda: claim.keep(blocks), sum(map(len, blocks))):
+            claim.release()
+
+    async def keep_unclaimed(self, cache: DiskCache, digest: bytes, blocks: Sequence[bytes]) -> None:
+        """The same for a span that came without being asked for, unless somebody else is at it."""
+
+        def keep() -> None:
+            claim = None if cache.has(digest) else cache.claim(digest)
+            if claim is not None:
+                claim.keep(blocks)
+
+        await self._do(keep, sum(map(len, blocks)))
+
+    async def _do(self, work: Callable[[], None], size: int) -> bool:
+        token = trio.lowlevel.current_trio_token()
         self._backlog += size
 
         def written() -> None:
@@ -47,12 +61,12 @@ class Keeper:
                 token.run_sync_soon(written)
 
         try:
-            self._pool.submit(claim.keep, blocks).add_done_callback(told)
+            self._pool.submit(work).add_done_callback(told)
         except RuntimeError:  # closed
-            claim.release()
-            return
+            return False
         while self._backlog > _BACKLOG:
             await self._room.wait()
+        return True
 
     def close(self) -> None:
         """Write what is left. Blocks, for a tenth of a second at most."""
