@@ -9,6 +9,7 @@ import contextlib
 import os
 import select
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ from clipfs import mountinfo
 _ROOT = Path(__file__).parent.parent
 _DEMO = _ROOT / ".cache" / "demo"
 
+
+# A shell that starts us in the background has us and all that we start ignore Ctrl-C. A person has it otherwise.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Seconds for a process that has nothing left to do.
 _GRACE = 5
