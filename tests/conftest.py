@@ -26,6 +26,7 @@ _DEMO = _ROOT / ".cache" / "demo"
 
 # A shell that starts us in the background has us and all that we start ignore Ctrl-C. A person has it otherwise.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 # Seconds for a process that has nothing left to do.
 _GRACE = 5
