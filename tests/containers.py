@@ -68,13 +68,17 @@ def clean_base(base: Path) -> Iterator[Path]:
         assembler.gc(base, kept=True)
 
 
+# What somebody else has left on this machine, before these tests began.
+_FOREIGN = frozenset(Path("/sys/fs/cgroup").rglob("clipfs-*"))
+
+
 def leftovers(base: Path) -> list[str]:
     """Mounts, directories and cgroups of containers below `base`, and children of this process."""
     found = [f"mount {each}" for each in kernel.mounts_below(base)]
     if base.exists():
         found += [f"directory {each}" for each in base.iterdir() if each.name != ".clipfs.lock"]
     # One with processes in it is somebody else's: those of ours would have been found by now.
-    for group in Path("/sys/fs/cgroup").rglob("clipfs-*"):
+    for group in set(Path("/sys/fs/cgroup").rglob("clipfs-*")) - _FOREIGN:
         with contextlib.suppress(OSError):
             found += [] if (group / "cgroup.procs").read_text() else [f"cgroup {group}"]
     with contextlib.suppress(ChildProcessError):
