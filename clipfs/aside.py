@@ -13,8 +13,7 @@ from clipfs.errors import ClipfsError, UsageError
 
 def check_place(out: Path) -> None:
     """UsageError or ClipfsError, with the reason, unless a file could be written to `out` now."""
-    if out.exists() and not out.is_file():
-        raise UsageError(f"cannot write {out}: it is there and is no regular file")
+    _check_kind(out)
     try:
         # Most file systems make this one without a name, so that nobody ever sees it.
         tempfile.TemporaryFile(dir=out.parent).close()
@@ -22,10 +21,15 @@ def check_place(out: Path) -> None:
         raise ClipfsError(f"cannot write {out}: {error.strerror}") from error
 
 
+def _check_kind(out: Path) -> None:
+    if out.exists() and not out.is_file():
+        raise UsageError(f"cannot write {out}: it is there and is no regular file")
+
+
 @contextmanager
 def written_aside(out: Path) -> Iterator[Path]:
     """A path beside `out` to write to; it becomes `out` if all goes well and disappears if not."""
-    check_place(out)
+    _check_kind(out)
     try:
         handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
     except OSError as error:

@@ -88,7 +88,7 @@ def decode(codec: Codec, span: Span, data: bytes | memoryview) -> bytes:
 
     Raises IntegrityError if they do not decode to what the index demands.
     """
-    where = f"bytes {span.start} to {span.end} of the layer"
+    where = _where(span)
     if span.length > MAX_SPAN:
         raise IntegrityError(f"the index says that {where} decode to {span.length} bytes, more than any span may")
     if not 0 <= span.bit < 8:
@@ -102,9 +102,13 @@ def decode(codec: Codec, span: Span, data: bytes | memoryview) -> bytes:
     return _verified(plain, span)
 
 
+def _where(span: Span) -> str:
+    return f"bytes {span.start} to {span.end} of the layer"
+
+
 def _verified(plain: bytes, span: Span) -> bytes:
     """The one gate that decoded bytes pass: they are what the index demands, or IntegrityError."""
-    where = f"bytes {span.start} to {span.end} of the layer"
+    where = _where(span)
     if len(plain) != span.length:
         raise IntegrityError(f"{where} decode to {len(plain)} bytes, not to the {span.length} that the index demands")
     if hashlib.sha256(plain).digest() != span.digest:
@@ -117,8 +121,7 @@ class Forward:
     the one before it ended. A frame is what several spans share that begin at the same compressed byte."""
 
     def __init__(self, codec: Codec, first: Span) -> None:
-        self._gzip = _GzipStream(first) if codec is Codec.GZIP else None
-        self._zstd = ZstdStream()
+        self._stream = _GzipStream(first) if codec is Codec.GZIP else ZstdStream()
 
     def decode(self, span: Span, data: bytes | memoryview) -> bytes:
         """The decoded bytes of the next span, given the layer's bytes from the end of the last one to span.end.
@@ -130,12 +133,12 @@ class Forward:
         try:
             plain = _taken(self._decode(data, span.length), 0, span.length)
         except (_BrokenError, HeaderError, ZstdStreamError) as error:
-            where = f"bytes {span.start} to {span.end} of the layer"
-            raise IntegrityError(f"{where} do not decode: {error}") from error
+            raise IntegrityError(f"{_where(span)} do not decode: {error}") from error
         return _verified(plain, span)
 
     def _decode(self, data: bytes | memoryview, wanted: int) -> Iterator[bytes]:
-        return self._zstd.decode(data) if self._gzip is None else self._gzip.decode(data, wanted)
+        stream = self._stream
+        return stream.decode(data) if isinstance(stream, ZstdStream) else stream.decode(data, wanted)
 
 
 def _copy(span: Span, data: bytes | memoryview) -> bytes:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from clipfs import loop, mountinfo, reporter, state
+from clipfs import loop, mountinfo, state
 from clipfs.aside import written_aside
 from clipfs.blocks import trace
 from clipfs.blocks.counters import Counters
@@ -153,6 +153,9 @@ def _observed(index: Index, record: MountRecord, reader: BlockReader, options: M
 
 
 def _save_report(index: Index, record: MountRecord, counters: Counters, path: Path) -> None:
+    # Late, for few ask for it.
+    from clipfs import reporter
+
     try:
         report = reporter.of_mount(index, record, counters.asdict(), serving=False)
         with written_aside(path) as aside:

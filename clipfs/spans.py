@@ -27,7 +27,7 @@ from clipfs.deflate import FOOTER, HEADER_LIMIT, HeaderError, Inflater, Stop, he
 from clipfs.errors import ImageError, SourceError
 from clipfs.format import Codec, Span
 from clipfs.ledger import Ledger, Region, Seek
-from clipfs.zstd import WINDOW_LIMIT
+from clipfs.zstd import MAX_BLOCK, MAX_HEADER, WINDOW_LIMIT, Block, skippable
 
 # What an index costs and a start fetches go against each other. For the demo image and its Python, windows and spans
 # are 0.66 % of the layers with 1 MiB, 0.35 % with 2 MiB, 0.18 % with 4 MiB; they are to stay below 0.3 %.
@@ -52,11 +52,6 @@ _CHUNK = 1 << 20
 
 # Enough for any gzip header that gzip, Go or pigz write; longer ones are read again whole.
 _USUAL_HEADER = 512
-
-_ZSTD_SKIPPABLE = 0x184D2A50
-_ZSTD_HEADER_LIMIT = 18
-_ZSTD_BLOCK = 128 << 10
-_ZSTD_RLE, _ZSTD_COMPRESSED = 1, 2
 
 
 class Scan:
@@ -203,10 +198,9 @@ def _zstd(region: Region, ledger: Ledger, span_size: int, _: int) -> Generator[b
     end = 0
     while region.position < region.size:
         start = region.position
-        head = region.read(start, _ZSTD_HEADER_LIMIT)
-        magic = int.from_bytes(head[:4], "little")
-        if magic & ~0xF == _ZSTD_SKIPPABLE and len(head) >= 8:
-            region.position += 8 + int.from_bytes(head[4:8], "little")
+        head = region.read(start, MAX_HEADER)
+        if skipped := skippable(head):
+            region.position += skipped
             if region.position > region.size:
                 raise ImageError(f"the zstd stream is cut off in the skippable frame at compressed byte {start}")
             continue
@@ -259,18 +253,18 @@ def _zstd_frame(region: Region, ledger: Ledger, longest: int) -> Generator[bytes
 def _frame_blocks(region: Region) -> Iterator[bytes]:
     """The frame at the region's position, in runs of whole blocks that decode to about `_CHUNK` at most: nothing bounds
     what a run of bytes decodes to, but a block never decodes to more than 128 KiB."""
-    head = region.read(region.position, _ZSTD_HEADER_LIMIT)
+    head = region.read(region.position, MAX_HEADER)
     checksum = 4 if zstandard.get_frame_parameters(head).has_checksum else 0
     at = region.position + zstandard.frame_header_size(head)
     last, output = False, 0
     while not last:
-        header = int.from_bytes(region.read(at, 3), "little")
-        last, kind, size = bool(header & 1), header >> 1 & 3, header >> 3
-        at += 3 + (1 if kind == _ZSTD_RLE else size) + (checksum if last else 0)
-        output += _ZSTD_BLOCK if kind == _ZSTD_COMPRESSED else size
+        block = Block.parse(region.read(at, 3))
+        last = block.last
+        at += block.size + (checksum if last else 0)
+        output += block.output
         if at > region.size:
             raise ImageError(f"the zstd stream is cut off in the frame at compressed byte {region.position}")
-        if last or output + _ZSTD_BLOCK > _CHUNK or at - region.position > _CHUNK:
+        if last or output + MAX_BLOCK > _CHUNK or at - region.position > _CHUNK:
             blocks = region.read(region.position, at - region.position)
             region.position, output = at, 0
             yield blocks

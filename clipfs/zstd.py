@@ -8,7 +8,7 @@ as a whole. Between two runs a decoder holds nothing back, which makes every blo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import zstandard
 
@@ -19,10 +19,36 @@ RUN = 1 << 20
 # frame holds one.
 WINDOW_LIMIT = 1 << 27
 
-_BLOCK = 128 << 10
+# No block decodes to more, and no frame header is longer.
+MAX_BLOCK = 128 << 10
+MAX_HEADER = 18
+
+_BLOCK_HEADER = 3
 _RLE, _COMPRESSED = 1, 2
-_HEADER_LIMIT = 18
 _SKIPPABLE = 0x184D2A50
+
+
+class Block(NamedTuple):
+    """What a block's header says. size: in the stream, with the header. output: what it decodes to at most."""
+
+    last: bool
+    size: int
+    output: int
+
+    @classmethod
+    def parse(cls, data: bytes | memoryview) -> Block:
+        """The block that begins with `data`, of which three bytes count."""
+        header = int.from_bytes(data[:_BLOCK_HEADER], "little")
+        kind, size = header >> 1 & 3, header >> 3
+        output = MAX_BLOCK if kind == _COMPRESSED else size
+        return cls(bool(header & 1), _BLOCK_HEADER + (1 if kind == _RLE else size), output)
+
+
+def skippable(head: bytes) -> int:
+    """The length of the skippable frame that begins with `head`, 0 if none does."""
+    if int.from_bytes(head[:4], "little") & ~0xF != _SKIPPABLE or len(head) < 8:
+        return 0
+    return 8 + int.from_bytes(head[4:8], "little")
 
 
 class ZstdStreamError(Exception):
@@ -55,14 +81,13 @@ class ZstdStream:
                 at += self._open(data[at:])
                 begin = at if self._decoder is None else begin
                 continue
-            header = int.from_bytes(data[at : at + 3], "little")
-            last, kind, size = bool(header & 1), header >> 1 & 3, header >> 3
-            at += 3 + (1 if kind == _RLE else size) + (self._checksum if last else 0)
+            block = Block.parse(data[at:])
+            at += block.size + (self._checksum if block.last else 0)
             if at > len(data):
                 break
-            output += _BLOCK if kind == _COMPRESSED else size
-            if last or output + _BLOCK > RUN:
-                yield data[begin:at], last
+            output += block.output
+            if block.last or output + MAX_BLOCK > RUN:
+                yield data[begin:at], block.last
                 begin, output = at, 0
         if at > len(data):
             raise ZstdStreamError("they end too early")
@@ -71,9 +96,9 @@ class ZstdStream:
 
     def _open(self, data: memoryview) -> int:
         """Begin a frame: the length of its header, or of all of a frame that is to be skipped."""
-        head = bytes(data[:_HEADER_LIMIT])
-        if int.from_bytes(head[:4], "little") & ~0xF == _SKIPPABLE and len(head) >= 8:
-            return 8 + int.from_bytes(head[4:8], "little")
+        head = bytes(data[:MAX_HEADER])
+        if skipped := skippable(head):
+            return skipped
         frame = zstandard.get_frame_parameters(head)
         if frame.window_size > WINDOW_LIMIT:
             raise ZstdStreamError(f"a frame needs a window of {frame.window_size >> 20} MiB")

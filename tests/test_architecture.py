@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 # From the ground up; a module imports what stands before it, wherever in the module the import statement is.
 ORDER = (
     "clipfs.errors",
+    "clipfs.aside",
     "clipfs.fields",
     "clipfs.log",
     "clipfs.names",
@@ -86,7 +87,6 @@ ORDER = (
     "clipfs.picture",
     "clipfs.page",
     "clipfs.metrics",
-    "clipfs.aside",
     "clipfs.webclip",
     "clipfs.contents",
     "clipfs.layer_pass",

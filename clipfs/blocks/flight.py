@@ -9,8 +9,8 @@ import trio
 
 from clipfs.format import Span
 
-# Neighbouring spans are fetched as one range up to this many compressed bytes: a round trip for four spans of usual
-# size, and little enough that the first of them is not kept waiting long for the last.
+# Neighbouring spans are fetched as one range up to this many compressed bytes: a round trip for several spans of
+# usual size, and little enough that the first of them is not kept waiting long for the last.
 RANGE = 8 << 20
 
 # What may lie between neighbours: a gzip footer and the next member's header, with room for a name.

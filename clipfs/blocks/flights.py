@@ -22,7 +22,7 @@ from clipfs.blocks.flight import RANGE, Flight, SpanFetcher, neighbours
 from clipfs.blocks.frames import Frames
 from clipfs.blocks.journal import Journal
 from clipfs.blocks.keeper import Keeper
-from clipfs.blocks.plan import BLOCK, LayerView
+from clipfs.blocks.plan import BLOCK, LayerView, blocks_of
 from clipfs.codec import MAX_FETCH, decode
 from clipfs.errors import ClipfsError, FormatError, IntegrityError, SourceError
 from clipfs.format import Codec, Span
@@ -277,5 +277,4 @@ class Flights:
 
 
 def _decode(codec: Codec, span: Span, data: memoryview) -> list[bytes]:
-    plain = decode(codec, span, data)
-    return [plain[at : at + BLOCK] for at in range(0, len(plain), BLOCK)]
+    return blocks_of(decode(codec, span, data))

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from clipfs.blocks.plan import BLOCK, LayerView, Spans
+from clipfs.blocks.plan import LayerView, Spans, blocks_of
 from clipfs.codec import Forward
 from clipfs.format import Codec
 
@@ -59,7 +59,7 @@ class Frame:
                 span = self._spans[number]
                 plain = self._forward.decode(span, view[at : span.end - start])
                 at = span.end - start
-                found.append((number, [plain[each : each + BLOCK] for each in range(0, len(plain), BLOCK)]))
+                found.append((number, blocks_of(plain)))
                 self._next = number + 1
         except BaseException:
             # It stands in the middle of a span now.

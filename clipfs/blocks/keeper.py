@@ -16,7 +16,7 @@ import trio
 
 from clipfs.blocks.disk import Claim, DiskCache
 
-# Decoded bytes that may wait to be written: eight spans of usual size.
+# Decoded bytes that may wait to be written: what read-ahead may be ahead, twice.
 _BACKLOG = 32 << 20
 
 # As `nice` has it: whoever waits for a read comes first.

@@ -94,6 +94,11 @@ def plan(index: IndexView, address: int, length: int) -> list[Piece]:
     return pieces
 
 
+def blocks_of(plain: bytes) -> list[bytes]:
+    """The blocks of a decoded span."""
+    return [plain[at : at + BLOCK] for at in range(0, len(plain), BLOCK)]
+
+
 def join(pieces: Sequence[Piece], blocks: Mapping[Key, bytes]) -> bytes:
     """The bytes that the pieces stand for. KeyError if a block is missing."""
     return b"".join(

@@ -1,9 +1,9 @@
 """One span's blocks as a file: how it is laid out, written and read back.
 
-A file is a head (`_HEAD`: magic, flags, decoded length, the span's SHA-256), a table (`_ROW` a block: length and CRC-32
-of what is stored), a CRC-32 of both, and the blocks, one zstd frame each, or as they are where that is smaller. So a
-block is read with one pread and nothing around it is decompressed. Everything is checked before it is believed:
-a machine that lost power may have left anything under a name that was right.
+A file is a head (`_HEAD`: magic, version, size of a block, decoded length, the span's SHA-256), a table (`_ROW` a
+block: length and CRC-32 of what is stored), a CRC-32 of both, and the blocks, one zstd frame each, or as they are where
+that is smaller. So a block is read with one pread and nothing around it is decompressed. Everything is checked before
+it is believed: a machine that lost power may have left anything under a name that was right.
 
 This module knows one file; which there are, and how many may be, is `disk`'s affair.
 """
@@ -89,7 +89,6 @@ class Entry:
         for size, crc in _ROW.iter_unpack(table[: -_CRC.size]):
             self._rows.append((at, size, crc))
             at += size
-        self.size = at
 
     def __del__(self) -> None:
         os.close(self._descriptor)

@@ -1,22 +1,21 @@
 """Which spans a run needed, in order: recorded in the first run of an image, replayed in later ones.
 
-A trace is a text file, a line a span: layer number, span number. It is kept beside the index and belongs to one
-manifest. A trace that does not fit its image is of no use but does no harm.
+A trace is a text file, a line a span: layer number, span number. It is kept by the digest of the spans that it speaks
+of. A trace that does not fit its image is of no use but does no harm.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from clipfs.aside import written_aside
 from clipfs.blocks.plan import LayerView
 from clipfs.errors import UsageError
 
 _HEAD = "clipfs trace 1"
 
-# Spans in a trace. At 4 MiB each, more than any image's start needs.
+# Spans in a trace. At a MiB each, more than any image's start needs.
 _MOST = 100_000
 
 Place = tuple[int, int]
@@ -42,17 +41,11 @@ def load(path: Path, layers: Sequence[LayerView]) -> list[Place]:
 
 
 def save(path: Path, spans: Iterable[Place]) -> None:
-    """Write a trace, whole or not at all. OSError if it cannot be written."""
+    """Write a trace, whole or not at all. ClipfsError or OSError if it cannot be written."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     text = "\n".join((_HEAD, *(f"{layer} {number}" for layer, number in spans))) + "\n"
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    try:
-        with open(handle, "w") as file:
-            file.write(text)
-        os.replace(name, path)
-    except OSError:
-        os.unlink(name)
-        raise
+    with written_aside(path) as aside:
+        aside.write_text(text)
 
 
 def everything(layers: Sequence[LayerView]) -> list[Place]:

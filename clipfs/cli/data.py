@@ -21,8 +21,8 @@ from clipfs.errors import IntegrityError, UsageError
 from clipfs.extractor import extract as unpack
 from clipfs.format import Codec
 from clipfs.index import Index
-from clipfs.sources.fetcher import SourceOptions
-from clipfs.sources.packed import Fetcher, fetcher_for
+from clipfs.sources.fetcher import Fetcher, SourceOptions
+from clipfs.sources.packed import fetcher_for
 
 # Spans that are fetched and decoded at the same time by `check --data`: both cores busy, memory below 100 MiB.
 _CHECKERS = 4

@@ -5,6 +5,7 @@ The source is opened when the first byte is needed, so that a mount starts witho
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,8 +31,35 @@ class SourceOptions:
     timeout: float | None = None
 
 
-class LayerFetcher:
-    """Fetches compressed bytes of the layers of one manifest; an async context manager that closes the source."""
+class Fetcher(ABC):
+    """Fetches compressed bytes of layers, by number. An async context manager, at whose end it lets go of what it has
+    open, and does not wait for that longer than a few seconds."""
+
+    @abstractmethod
+    async def fetch(self, layer: int, start: int, end: int) -> bytes:
+        """Bytes [start, end) of the blob of layer `layer`; SourceError if they cannot be had."""
+
+    @abstractmethod
+    def distrust(self, layer: int, at: int | None = None) -> None:
+        """What came of this layer was wrong: take another way to it next time, if there is one. at: where in the layer,
+        so that of several places the one that sent it is blamed; otherwise it is whoever sent the last range."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Let go of what is open."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with trio.CancelScope(shield=True), trio.move_on_after(5):
+            await self.aclose()
+
+
+class LayerFetcher(Fetcher):
+    """Fetches from the source of an image, whose manifest has the layers."""
 
     def __init__(self, name: str, manifest: Manifest, options: SourceOptions | None = None) -> None:
         self._options = options or SourceOptions()
@@ -41,12 +69,11 @@ class LayerFetcher:
         self._opening = trio.Lock()
 
     async def fetch(self, layer: int, start: int, end: int) -> bytes:
-        """Bytes [start, end) of the blob of layer `layer`; SourceError if they cannot be had."""
+        """See `Fetcher.fetch`."""
         return await (await self._open()).read_range(self._manifest.layers[layer], start, end)
 
     def distrust(self, layer: int, at: int | None = None) -> None:
-        """What came of this layer was wrong: take another way to it next time, if there is one. at: where in the layer,
-        so that of several places the one that sent it is blamed; otherwise it is whoever sent the last range."""
+        """See `Fetcher.distrust`."""
         if self._source is not None:
             self._source.distrust(self._manifest.layers[layer], at)
 
@@ -68,12 +95,7 @@ class LayerFetcher:
                     ) from error
             return self._source
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with trio.CancelScope(shield=True), trio.move_on_after(5):
-            if self._source is not None:
-                await self._source.aclose()
+    async def aclose(self) -> None:
+        """See `Fetcher.aclose`."""
+        if self._source is not None:
+            await self._source.aclose()

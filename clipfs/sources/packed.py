@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import trio
 
@@ -17,23 +16,9 @@ from clipfs.errors import FormatError, SourceError, UsageError
 from clipfs.fields import quoted
 from clipfs.format import ITSELF, Layer, Section
 from clipfs.oci import Manifest
-from clipfs.sources.fetcher import LayerFetcher, SourceOptions
+from clipfs.sources.fetcher import Fetcher, LayerFetcher, SourceOptions
 from clipfs.sources.place import LocalFile, Place, ReplacedError
 from clipfs.sources.web import WebFile, is_url
-
-
-class Fetcher(Protocol):
-    """What `fetcher_for` returns: see `LayerFetcher`."""
-
-    async def fetch(self, layer: int, start: int, end: int) -> bytes: ...
-
-    def distrust(self, layer: int, at: int | None = None) -> None: ...
-
-    async def __aenter__(self) -> Self: ...
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
 class IndexView(Protocol):
@@ -78,8 +63,8 @@ def _path(name: str, clip: Path) -> Path:
     return path
 
 
-class PackedFetcher:
-    """Fetches what the one layer of a packed index consists of; an async context manager that lets go of the place."""
+class PackedFetcher(Fetcher):
+    """Fetches what the one layer of a packed index consists of, from a place that has it."""
 
     def __init__(self, place: Place, layer: Layer) -> None:
         self._place, self._layer = place, layer
@@ -119,11 +104,6 @@ class PackedFetcher:
                 self._data = found
             return self._data
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with trio.CancelScope(shield=True), trio.move_on_after(5):
-            await self._place.aclose()
+    async def aclose(self) -> None:
+        """See `Fetcher.aclose`."""
+        await self._place.aclose()
