@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import clipfs
-from clipfs import mountinfo
+from clipfs.mounting import mountinfo
 
 _ROOT = Path(__file__).parent.parent
 

@@ -27,7 +27,7 @@ from benchmarks.programs import (
     unmount,
 )
 from benchmarks.workload import Demo, Workload
-from clipfs.format import Header, Kind
+from clipfs.format.container import Header, Kind
 
 UMOCI = "umoci unpack"
 UMOCI_RUNC = "umoci unpack + runc run"

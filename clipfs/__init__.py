@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from clipfs.builder import BuildReport, build, index_for
+    from clipfs.building.builder import BuildReport, build, index_for
+    from clipfs.building.extractor import extract
+    from clipfs.building.packer import PackReport, pack
     from clipfs.errors import (
         AuthError,
         ClipfsError,
@@ -29,39 +31,37 @@ if TYPE_CHECKING:
         SourceError,
         UsageError,
     )
-    from clipfs.extractor import extract
-    from clipfs.index import Index
-    from clipfs.mounter import Mount, MountOptions, gc, mount, mounts, unmount
+    from clipfs.format.index import Index
+    from clipfs.mounting.mounter import Mount, MountOptions, gc, mount, mounts, unmount
     from clipfs.oci import Digest, ImageConfig, Manifest, Platform, Reference
-    from clipfs.packer import PackReport, pack
 
 _HOME = {
     "AuthError": "errors",
-    "BuildReport": "builder",
+    "BuildReport": "building.builder",
     "ClipfsError": "errors",
     "Digest": "oci",
     "FormatError": "errors",
     "ImageConfig": "oci",
     "ImageError": "errors",
-    "Index": "index",
+    "Index": "format.index",
     "IntegrityError": "errors",
     "Manifest": "oci",
-    "Mount": "mounter",
+    "Mount": "mounting.mounter",
     "MountError": "errors",
-    "MountOptions": "mounter",
-    "PackReport": "packer",
+    "MountOptions": "mounting.mounter",
+    "PackReport": "building.packer",
     "Platform": "oci",
     "Reference": "oci",
     "SourceError": "errors",
     "UsageError": "errors",
-    "build": "builder",
-    "extract": "extractor",
-    "gc": "mounter",
-    "index_for": "builder",
-    "mount": "mounter",
-    "mounts": "mounter",
-    "pack": "packer",
-    "unmount": "mounter",
+    "build": "building.builder",
+    "extract": "building.extractor",
+    "gc": "mounting.mounter",
+    "index_for": "building.builder",
+    "mount": "mounting.mounter",
+    "mounts": "mounting.mounter",
+    "pack": "building.packer",
+    "unmount": "mounting.mounter",
 }
 
 __all__ = [

@@ -10,7 +10,7 @@ import trio
 
 import clipfs
 from clipfs import state
-from clipfs.builder import build_image
+from clipfs.building.builder import build_image
 from clipfs.oci import Descriptor, Platform
 from clipfs.sources import open_source
 from clipfs.sources.base import Document, LocalBlob, Source

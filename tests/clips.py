@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clipfs import format as clip_format
-from clipfs.erofs import BLOCK, Inode
-from clipfs.format import SECTION, Codec, Extent, Kind, Layer, Section, Span
-from clipfs.format_pack import write
-from clipfs.index import Index
+from clipfs.erofs.structs import BLOCK, Inode
+from clipfs.format import container as clip_format
+from clipfs.format.container import SECTION, Codec, Extent, Kind, Layer, Section, Span
+from clipfs.format.index import Index
+from clipfs.format.pack import write
 from clipfs.oci import Digest
 
 MEDIA_TYPE = "application/vnd.oci.image.layer.v1.tar"

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import demo
-from clipfs import mountinfo
+from clipfs.mounting import mountinfo
 
 _ROOT = Path(__file__).parent.parent
 _DEMO = _ROOT / ".cache" / "demo"

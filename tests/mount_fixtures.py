@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import clipfs
-from clipfs import mountinfo
+from clipfs.mounting import mountinfo
 from tests.mounts import ended, files, settled, small_image
 
 

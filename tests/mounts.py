@@ -11,7 +11,8 @@ import stat
 import subprocess
 from pathlib import Path
 
-from clipfs import mountinfo, state
+from clipfs import state
+from clipfs.mounting import mountinfo
 from tests.images import LayoutBuilder
 from tests.tars import Tar
 

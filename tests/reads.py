@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 
 from clipfs.blocks.plan import BLOCK
-from clipfs.index import Index
+from clipfs.format.index import Index
 
 _LARGEST = 1 << 20
 _PAGE = 4096

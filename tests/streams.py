@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
-from clipfs.codec import decode, detect
-from clipfs.format import Codec, Span
-from clipfs.spans import SPAN_SIZE, scan
+from clipfs.compression.codec import decode, detect
+from clipfs.compression.spans import SPAN_SIZE, scan
+from clipfs.format.container import Codec, Span
 from tests.conftest import require_programs
 
 KB, MB = 1 << 10, 1 << 20

@@ -23,27 +23,27 @@ ORDER = (
     "clipfs.log",
     "clipfs.names",
     "clipfs.oci",
-    "clipfs.erofs",
-    "clipfs.erofs_pack",
-    "clipfs.erofs_read",
-    "clipfs.format",
-    "clipfs.format_pack",
-    "clipfs.tables",
-    "clipfs.deflate",
-    "clipfs.zstd",
-    "clipfs.codec",
-    "clipfs.ledger",
-    "clipfs.spans",
-    "clipfs.pax",
-    "clipfs.members",
-    "clipfs.sparse",
-    "clipfs.layer",
-    "clipfs.entries",
-    "clipfs.chunks",
-    "clipfs.toc",
-    "clipfs.tree",
-    "clipfs.check",
-    "clipfs.index",
+    "clipfs.erofs.structs",
+    "clipfs.erofs.pack",
+    "clipfs.erofs.read",
+    "clipfs.format.container",
+    "clipfs.format.pack",
+    "clipfs.format.tables",
+    "clipfs.compression.deflate",
+    "clipfs.compression.zstd",
+    "clipfs.compression.codec",
+    "clipfs.compression.ledger",
+    "clipfs.compression.spans",
+    "clipfs.layers.pax",
+    "clipfs.layers.members",
+    "clipfs.layers.sparse",
+    "clipfs.layers.layer",
+    "clipfs.layers.entries",
+    "clipfs.layers.chunks",
+    "clipfs.layers.toc",
+    "clipfs.layers.tree",
+    "clipfs.format.check",
+    "clipfs.format.index",
     # Below this line, trio.
     "clipfs.blocks.plan",
     "clipfs.blocks.cache",
@@ -78,34 +78,36 @@ ORDER = (
     "clipfs.sources.place",
     "clipfs.sources.web",
     "clipfs.sources.packed",
-    "clipfs.mountinfo",
+    "clipfs.mounting.mountinfo",
     "clipfs.state",
-    "clipfs.options",
-    "clipfs.report",
-    "clipfs.reporter",
-    "clipfs.wording",
-    "clipfs.picture",
-    "clipfs.page",
-    "clipfs.metrics",
-    "clipfs.webclip",
-    "clipfs.contents",
-    "clipfs.layer_pass",
-    "clipfs.builder",
-    "clipfs.rootfs",
-    "clipfs.pile",
-    "clipfs.packer",
-    "clipfs.extractor",
-    "clipfs.fs",
-    "clipfs.loop",
-    "clipfs.session",
-    "clipfs.daemon",
-    "clipfs.mounter",
+    "clipfs.mounting.options",
+    "clipfs.reports.report",
+    "clipfs.reports.reporter",
+    "clipfs.reports.wording",
+    "clipfs.reports.picture",
+    "clipfs.reports.page",
+    "clipfs.reports.metrics",
+    "clipfs.building.webclip",
+    "clipfs.building.contents",
+    "clipfs.building.layer_pass",
+    "clipfs.building.builder",
+    "clipfs.building.rootfs",
+    "clipfs.building.pile",
+    "clipfs.building.packer",
+    "clipfs.building.extractor",
+    "clipfs.mounting.fs",
+    "clipfs.mounting.loop",
+    "clipfs.mounting.session",
+    "clipfs.mounting.daemon",
+    "clipfs.mounting.mounter",
 )
 FIRST_WITH_TRIO = ORDER.index("clipfs.blocks.plan")
 
 # Where the public names come together and where the command line begins: these may look at anything below them.
-FACADES = ("clipfs", "clipfs.__main__", "clipfs.blocks")
+PACKAGES = ("blocks", "building", "compression", "erofs", "format", "layers", "mounting", "reports")
+FACADES = ("clipfs", "clipfs.__main__", *(f"clipfs.{package}" for package in PACKAGES))
 
+WITH_FUSE = tuple(f"clipfs.mounting.{name}" for name in ("fs", "loop", "session"))
 
 # Of the modules that see what the HTTP client answers, one sends what it asks.
 WITH_HTTP = tuple(f"clipfs.sources.{name}" for name in ("answers", "wire", "transport", "registry", "web"))
@@ -156,9 +158,13 @@ def test_who_knows_whom() -> None:
     for name, path in CLIPFS.items():
         known = set(imported(path))
         if name.startswith("clipfs.sources"):
-            assert not {"clipfs.index", "clipfs.erofs"} & known, f"{name}: sources know digests, never inodes"
+            assert not {"clipfs.format.index", "clipfs.erofs.structs"} & known, (
+                f"{name}: sources know digests, never inodes"
+            )
         if "pyfuse3" in known:
-            assert name in ("clipfs.fs", "clipfs.loop", "clipfs.session"), f"{name}: FUSE is an adapter's business"
+            assert name in ("clipfs.mounting.fs", "clipfs.mounting.loop", "clipfs.mounting.session"), (
+                f"{name}: FUSE is an adapter's business"
+            )
         if "httpx2" in known:
             assert name in WITH_HTTP, f"{name}: there is one HTTP client"
 

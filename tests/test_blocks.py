@@ -16,7 +16,7 @@ from clipfs.blocks.counters import Counters
 from clipfs.blocks.plan import BLOCK
 from clipfs.blocks.reader import BlockReader, Tiers
 from clipfs.errors import ClipfsError, FormatError, IntegrityError, SourceError
-from clipfs.format import Codec
+from clipfs.format.container import Codec
 from tests.images import Compression, compress
 from tests.streams import KB, MB, mixed, noise
 from tests.views import FakeFetcher, FakeIndex, Spans, View, flipped, places, raising

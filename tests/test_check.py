@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from clipfs.erofs import BLOCK, DEVICE, DEVICE_OFFSET, DIRENT, INODE, SUPERBLOCK, SUPERBLOCK_OFFSET
+from clipfs.erofs.structs import BLOCK, DEVICE, DEVICE_OFFSET, DIRENT, INODE, SUPERBLOCK, SUPERBLOCK_OFFSET
 from clipfs.errors import FormatError
-from clipfs.format import LAYER, SPAN, Codec, Extent, Header, Kind, Layer, Section, Span
-from clipfs.index import Index
+from clipfs.format.container import LAYER, SPAN, Codec, Extent, Header, Kind, Layer, Section, Span
+from clipfs.format.index import Index
 from clipfs.oci import Digest
 from tests.clips import MEDIA_TYPE, Built, TreeBuilder, raw_layer, reseal, write_clip
 

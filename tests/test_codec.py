@@ -13,9 +13,9 @@ from dataclasses import replace
 import pytest
 from isal import isal_zlib
 
-from clipfs.codec import HEAD, MAX_SPAN, decode, detect
+from clipfs.compression.codec import HEAD, MAX_SPAN, decode, detect
 from clipfs.errors import ImageError, IntegrityError
-from clipfs.format import Codec, Span
+from clipfs.format.container import Codec, Span
 from tests.images import Compression, compress
 from tests.streams import KB, MB, Bits, deflated, member, mixed, noise, prose, scanned
 from tests.tars import Tar, header

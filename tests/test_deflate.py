@@ -17,8 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from isal import isal_zlib
 
-from clipfs import deflate
-from clipfs.deflate import HEADER_LIMIT, WINDOW, HeaderError, Inflater, Stop, header_end, primed, sparse_window
+from clipfs.compression import deflate
+from clipfs.compression.deflate import (
+    HEADER_LIMIT,
+    WINDOW,
+    HeaderError,
+    Inflater,
+    Stop,
+    header_end,
+    primed,
+    sparse_window,
+)
 from clipfs.errors import ClipfsError, ImageError
 from tests.streams import FHCRC, KB, MB, Bits, deflated, member, mixed, noise, prose, stored
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from clipfs.erofs import BLOCK, DIRENT, MAX_PATH, Inode, decode_rdev, encode_rdev
-from clipfs.erofs_pack import pack
+from clipfs.erofs.pack import pack
+from clipfs.erofs.structs import BLOCK, DIRENT, MAX_PATH, Inode, decode_rdev, encode_rdev
 from clipfs.errors import ImageError
-from clipfs.index import Index
+from clipfs.format.index import Index
 from tests.clips import TreeBuilder, kernel_mount, seen_in_index, seen_in_tree, seen_on_disk, write_clip
 
 # cap_net_bind_service=ep, and an ACL that lets user 1000 do more than the group; the kernel parses both.

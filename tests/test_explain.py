@@ -15,7 +15,7 @@ import pytest
 import clipfs
 from clipfs import MountOptions
 from clipfs.cli.main import main
-from clipfs.report import parse
+from clipfs.reports.report import parse
 from tests.conftest import require_root
 from tests.images import LayoutBuilder
 from tests.mounts import BIG, SECONDS, ended

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import clipfs
-from clipfs import extractor
+from clipfs.building import extractor
 from clipfs.errors import ClipfsError, IntegrityError, SourceError, UsageError
 from tests.conftest import require_programs, require_root
 from tests.images import Compression

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from clipfs import format as clip_format
-from clipfs.erofs import Inode
+from clipfs.erofs.structs import Inode
 from clipfs.errors import FormatError, ImageError
-from clipfs.format import HEADER, SECTION, Codec, Header, Layer, Section, Span
-from clipfs.format_pack import write
-from clipfs.index import Index
+from clipfs.format import container as clip_format
+from clipfs.format.container import HEADER, SECTION, Codec, Header, Layer, Section, Span
+from clipfs.format.index import Index
+from clipfs.format.pack import write
 from clipfs.oci import Digest
 from tests.clips import Built, TreeBuilder, documents, raw_layer, reseal, write_clip
 

@@ -15,11 +15,11 @@ import pytest
 import trio
 from pyfuse3 import FUSEError
 
-from clipfs.erofs import Inode
+from clipfs.erofs.structs import Inode
 from clipfs.errors import SourceError
-from clipfs.format_pack import write
-from clipfs.fs import ClipFS
-from clipfs.index import Index
+from clipfs.format.index import Index
+from clipfs.format.pack import write
+from clipfs.mounting.fs import ClipFS
 
 CONTENT = bytes(range(256)) * 40
 MTIME = 1_700_000_000_123_456_789

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipfs.erofs import Inode
-from clipfs.layer import Member
+from clipfs.erofs.structs import Inode
+from clipfs.layers.layer import Member
 from tests.conftest import require_programs, require_root
 from tests.walks import content, members, paths, stored, tree_of, walked
 

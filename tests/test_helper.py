@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import clipfs
-from clipfs import MountOptions, UsageError, mountinfo
+from clipfs import MountOptions, UsageError
 from clipfs.cli import helper
-from clipfs.options import byte_count, parse
+from clipfs.mounting import mountinfo
+from clipfs.mounting.options import byte_count, parse
 
 pytest_plugins = ("tests.mount_fixtures",)
 

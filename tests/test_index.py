@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from clipfs import erofs_read
-from clipfs.erofs import Inode
+from clipfs.erofs import read as erofs_read
+from clipfs.erofs.structs import Inode
 from clipfs.errors import ClipfsError, FormatError
-from clipfs.format import Extent
-from clipfs.index import Index
+from clipfs.format.container import Extent
+from clipfs.format.index import Index
 from tests.clips import Built, TreeBuilder, raw_layer, write_clip
 
 
@@ -248,7 +248,7 @@ def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
 
 _OPEN = """
 import sys, time
-from clipfs.index import Index
+from clipfs.format.index import Index
 
 def private():
     with open("/proc/self/smaps_rollup") as lines:

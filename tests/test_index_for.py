@@ -83,7 +83,7 @@ class Worker:
 
     CODE = """if True:
         import sys, clipfs
-        from clipfs.builder import Silent
+        from clipfs.building.builder import Silent
         class Waits(Silent):
             def begin(self, what, total):
                 if "1/3" in what:

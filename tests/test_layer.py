@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipfs import layer as layer_module
 from clipfs.errors import ImageError
-from clipfs.layer import Entry, Member, Opaque, TarWalk, Whiteout
-from clipfs.pax import MAX_EXTENSION
+from clipfs.layers import layer as layer_module
+from clipfs.layers.layer import Entry, Member, Opaque, TarWalk, Whiteout
+from clipfs.layers.pax import MAX_EXTENSION
 from tests.tars import END, GNU, Tar, gnu_long, gnu_sparse, header, padded, pax, pax_sparse
 from tests.walks import content, members, refused, walked
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clipfs.ledger import Ledger, Region, Seek
+from clipfs.compression.ledger import Ledger, Region, Seek
 
 DATA = os.urandom(3 << 20)
 

@@ -12,7 +12,7 @@ import pyfuse3
 import pytest
 import trio
 
-from clipfs import loop
+from clipfs.mounting import loop
 from tests.conftest import require_root
 
 pytest_plugins = ["tests.mount_fixtures"]
@@ -105,7 +105,9 @@ def test_a_mount_uses_it(clip: Path, mountpoint: Path) -> None:
     require_root()
     program = """
 import sys, threading, os, pyfuse3
-from clipfs import loop, mounter, options
+from clipfs.mounting import loop
+from clipfs.mounting import mounter
+from clipfs.mounting import options
 asked, plain = set(), loop._Trio.__getattr__
 class Recording(loop._Trio):
     def __getattribute__(self, name):

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from clipfs.erofs import MAX_NAME, MAX_PATH
-from clipfs.layer import Entry, Opaque, Whiteout
-from clipfs.members import MAX_ID, MAX_SIZE, MAX_TIME
+from clipfs.erofs.structs import MAX_NAME, MAX_PATH
+from clipfs.layers.layer import Entry, Opaque, Whiteout
+from clipfs.layers.members import MAX_ID, MAX_SIZE, MAX_TIME
 from tests.tars import END, GNU, USTAR, V7, Tar, gnu_long, header, padded, pax
 from tests.walks import members, only, refused, walked
 

@@ -11,11 +11,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import clipfs
-from clipfs import metrics
 from clipfs.blocks.counters import NAMES
 from clipfs.cli.main import main
 from clipfs.errors import MountError, UsageError
-from clipfs.options import endpoint
+from clipfs.mounting.options import endpoint
+from clipfs.reports import metrics
 from tests.conftest import require_root
 from tests.mounts import BIG, SECONDS
 

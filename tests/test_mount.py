@@ -20,7 +20,8 @@ import pytest
 import trio
 
 import clipfs
-from clipfs import MountError, MountOptions, UsageError, daemon, fs, mountinfo, session, state
+from clipfs import MountError, MountOptions, UsageError, state
+from clipfs.mounting import daemon, fs, mountinfo, session
 from tests.mounts import BIG, SECONDS, ended, files, run
 
 pytest_plugins = ("tests.mount_fixtures",)
@@ -315,7 +316,7 @@ async def test_trio_programs_mount_from_a_thread(clip: Path, mountpoint: Path) -
 def test_in_the_foreground_this_process_serves(clip: Path, mountpoint: Path) -> None:
     code = (
         "import sys\n"
-        "from clipfs.mounter import serve\n"
+        "from clipfs.mounting.mounter import serve\n"
         "serve(sys.argv[1], sys.argv[2], on_ready=lambda: print('ready', flush=True))"
     )
     command = [sys.executable, "-c", code, str(clip), str(mountpoint)]

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 import clipfs
-from clipfs import mountinfo, state
+from clipfs import state
 from clipfs.cli.main import main
+from clipfs.mounting import mountinfo
 from tests.conftest import require_root
 from tests.mounts import BIG, SECONDS, ended, files, run, settled
 

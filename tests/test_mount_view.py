@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 import clipfs
-from clipfs import session
-from clipfs.fs import ClipFS
+from clipfs.mounting import session
+from clipfs.mounting.fs import ClipFS
 from tests.conftest import require_programs, require_root
 from tests.images import LayoutBuilder, Tar
 from tests.mounts import BIG, run

@@ -19,12 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import clipfs
+from clipfs.building.pile import SPAN, Pile
 from clipfs.cli.main import main
-from clipfs.codec import decode
+from clipfs.compression.codec import decode
 from clipfs.errors import ClipfsError, FormatError, IntegrityError
-from clipfs.format import HEADER, SECTION, Codec, Kind
-from clipfs.format import SPAN as SPAN_RECORD
-from clipfs.pile import SPAN, Pile
+from clipfs.format.container import HEADER, SECTION, Codec, Kind
+from clipfs.format.container import SPAN as SPAN_RECORD
 from tests.clips import reseal, seen_in_index, seen_on_disk
 from tests.conftest import require_programs, require_root
 from tests.containers import busybox_root

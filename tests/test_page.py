@@ -13,9 +13,9 @@ import pytest
 
 from clipfs.blocks.counters import NAMES
 from clipfs.cli.main import main
-from clipfs.page import page
-from clipfs.picture import layer_map, timeline
-from clipfs.report import Fetch, FileUse, LayerUse, Mounted, Report, Said, Touched
+from clipfs.reports.page import page
+from clipfs.reports.picture import layer_map, timeline
+from clipfs.reports.report import Fetch, FileUse, LayerUse, Mounted, Report, Said, Touched
 
 
 def made(spans: int = 12, path: str = "/usr/bin/app") -> Report:

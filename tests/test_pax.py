@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipfs.errors import ImageError
-from clipfs.pax import (
+from clipfs.layers.pax import (
     MAX_EXTENSION,
     MAX_XATTR_VALUE,
     SPARSE_MAP,

@@ -8,9 +8,9 @@ from itertools import groupby
 
 import pytest
 
-from clipfs.codec import Forward, decode
+from clipfs.compression.codec import Forward, decode
 from clipfs.errors import IntegrityError
-from clipfs.format import Codec, Span
+from clipfs.format.container import Codec, Span
 from tests.images import Compression, compress
 from tests.streams import KB, MB, checked, mixed, scanned
 

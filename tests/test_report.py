@@ -13,17 +13,17 @@ import pytest
 import trio
 
 import clipfs
-from clipfs import reporter
 from clipfs.blocks import journal
 from clipfs.blocks.counters import NAMES, Counters
 from clipfs.blocks.journal import Journal
 from clipfs.blocks.reader import BlockReader
 from clipfs.errors import UsageError
-from clipfs.index import Index
-from clipfs.report import Ahead, FileUse, Mounted, Report, Said, Touched, parse, slowest
+from clipfs.format.index import Index
+from clipfs.reports import reporter
+from clipfs.reports.report import Ahead, FileUse, Mounted, Report, Said, Touched, parse, slowest
+from clipfs.reports.wording import duration, size, verdict
 from clipfs.sources.fetcher import SourceOptions
 from clipfs.sources.packed import fetcher_for
-from clipfs.wording import duration, size, verdict
 from tests.images import LayoutBuilder
 from tests.tars import Tar
 

@@ -19,8 +19,8 @@ from typing import Any, Self
 
 import pytest
 
-from clipfs import mounter
 from clipfs.cli.main import main
+from clipfs.mounting import mounter
 from tests.conftest import require_programs
 from tests.containers import SECONDS, Cli, leftovers
 from tests.images import LayoutBuilder

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from isal import isal_zlib
 
-from clipfs.codec import MAX_SPAN, detect
+from clipfs.compression.codec import MAX_SPAN, detect
+from clipfs.compression.spans import Scan, scan
 from clipfs.errors import ImageError, SourceError
-from clipfs.format import SPAN, Codec, Span
-from clipfs.spans import Scan, scan
+from clipfs.format.container import SPAN, Codec, Span
 from tests.images import Compression, compress
 from tests.streams import (
     FHCRC,
@@ -333,7 +333,7 @@ class TestCosts:
         assert total == 200 * MB
 
     def test_no_span_needs_more_than_may_be_fetched(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("clipfs.spans.MAX_FETCH", 100 * KB)
+        monkeypatch.setattr("clipfs.compression.spans.MAX_FETCH", 100 * KB)
         encoder = isal_zlib.compressobj(0, wbits=31)
         with pytest.raises(ImageError, match=r"no place between its bytes 10 and .* compress the layer with another"):
             scanned(encoder.compress(DATA["noise"]) + encoder.flush(), 64 * KB)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from clipfs.errors import ImageError
-from clipfs.layer import Member
-from clipfs.members import MAX_SIZE
+from clipfs.layers.layer import Member
+from clipfs.layers.members import MAX_SIZE
 from tests.conftest import require_programs
 from tests.tars import END, GNU, USTAR, gnu_sparse, header, padded, pax, pax_records, pax_sparse
 from tests.walks import content, members, only, refused, walked

@@ -20,7 +20,7 @@ from clipfs.blocks.disk import DiskCache
 from clipfs.blocks.journal import Journal
 from clipfs.blocks.reader import BlockReader, Tiers
 from clipfs.errors import IntegrityError, SourceError, UsageError
-from clipfs.index import Index
+from clipfs.format.index import Index
 from tests.images import Compression, LayoutBuilder
 from tests.tars import Tar
 

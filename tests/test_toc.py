@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from clipfs.errors import ImageError
-from clipfs.format import Codec, Span
-from clipfs.layer import Member, Opaque, Whiteout
-from clipfs.toc import Table, parse
+from clipfs.format.container import Codec, Span
+from clipfs.layers.layer import Member, Opaque, Whiteout
+from clipfs.layers.toc import Table, parse
 
 Entry = dict[str, Any]
 Entries = list[Entry]

@@ -24,8 +24,8 @@ import pytest
 import trio
 
 import clipfs
-from clipfs import contents
-from clipfs.builder import Silent, build_image
+from clipfs.building import contents
+from clipfs.building.builder import Silent, build_image
 from clipfs.oci import Descriptor
 from clipfs.sources.registry import RegistrySource
 from tests.builds import Elsewhere

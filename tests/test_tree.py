@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipfs.errors import ImageError
-from clipfs.layer import Entry, Member
+from clipfs.layers.layer import Entry, Member
 from tests.tars import Tar
 from tests.walks import LAYER, listing, paths, tree_of, walked
 

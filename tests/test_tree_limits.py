@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from clipfs import tree as tree_module
-from clipfs.erofs import BLOCK
+from clipfs.erofs.structs import BLOCK
 from clipfs.errors import ImageError
-from clipfs.format import Extent
-from clipfs.layer import Member
-from clipfs.tree import Tree
+from clipfs.format.container import Extent
+from clipfs.layers import tree as tree_module
+from clipfs.layers.layer import Member
+from clipfs.layers.tree import Tree
 from tests.tars import Tar, gnu_sparse
 from tests.walks import paths, refused, stored, tree_of, walked
 

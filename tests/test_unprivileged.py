@@ -51,7 +51,8 @@ set +e
 # What the scripts in Python begin with. `wait` is bounded: a pidfd says when the process has ended.
 PYTHON = """
 import os, select, subprocess, sys, clipfs
-from clipfs import MountError, MountOptions, mountinfo, state
+from clipfs import MountError, MountOptions, state
+from clipfs.mounting import mountinfo
 place = "home/mnt"
 def wait(mounted):
     try:

@@ -11,10 +11,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipfs.codec import Forward, decode
+from clipfs.compression.codec import Forward, decode
+from clipfs.compression.spans import scan
 from clipfs.errors import ImageError, IntegrityError
-from clipfs.format import Codec, Span
-from clipfs.spans import scan
+from clipfs.format.container import Codec, Span
 from tests.streams import KB, MB, checked, mixed, noise, program, prose, scanned, stored
 
 PLAIN = mixed(6 * MB)
@@ -206,7 +206,7 @@ class TestDamage:
         assert total == 256 * MB
 
     def test_no_span_needs_more_than_may_be_fetched(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("clipfs.spans.MAX_FETCH", 2 * MB)
+        monkeypatch.setattr("clipfs.compression.spans.MAX_FETCH", 2 * MB)
         nothing = block(b"") * 1_000_000
         with pytest.raises(ImageError, match="zstd stream has no place between its bytes 0 and"):
             scanned(by_hand(block(b"x"), nothing, block(b"y", last=True)))

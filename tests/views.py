@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import trio
 
 from clipfs.errors import FormatError
-from clipfs.format import Codec, Span
+from clipfs.format.container import Codec, Span
 from tests.streams import scanned
 
 Extents = list[tuple[int, int, int, int]]

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from clipfs.erofs import Inode
+from clipfs.erofs.structs import Inode
 from clipfs.errors import ImageError
-from clipfs.layer import Entry, Member, TarWalk
-from clipfs.tree import Tree
+from clipfs.layers.layer import Entry, Member, TarWalk
+from clipfs.layers.tree import Tree
 from tests.tars import END, Tar
 
 LAYER = "sha256:" + "5" * 64

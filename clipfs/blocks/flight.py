@@ -7,7 +7,7 @@ from typing import Protocol
 
 import trio
 
-from clipfs.format import Span
+from clipfs.format.container import Span
 
 # Neighbouring spans are fetched as one range up to this many compressed bytes: a round trip for several spans of
 # usual size, and little enough that the first of them is not kept waiting long for the last.

@@ -23,9 +23,9 @@ from clipfs.blocks.frames import Frames
 from clipfs.blocks.journal import Journal
 from clipfs.blocks.keeper import Keeper
 from clipfs.blocks.plan import BLOCK, LayerView, blocks_of
-from clipfs.codec import MAX_FETCH, decode
+from clipfs.compression.codec import MAX_FETCH, decode
 from clipfs.errors import ClipfsError, FormatError, IntegrityError, SourceError
-from clipfs.format import Codec, Span
+from clipfs.format.container import Codec, Span
 
 # Ranges under way at once, for those who wait and for those who may want them later. Each holds its compressed and
 # decoded bytes in memory.

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
 from clipfs.errors import FormatError
-from clipfs.format import Codec, Span
+from clipfs.format.container import Codec, Span
 
 # Measured from the disk cache: a random read of 4 KiB costs half as much CPU time as with blocks of 128 KiB (42 against
 # 82 us), a sequential one of 128 KiB hardly more (98 against 91). With 32 KiB the one gains nothing, the other a third.

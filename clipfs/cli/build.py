@@ -7,10 +7,10 @@ import re
 import sys
 from pathlib import Path
 
-from clipfs.builder import build
+from clipfs.building.builder import build
 from clipfs.cli.options import platform_of
 from clipfs.cli.progress import progress, size
-from clipfs.options import byte_count
+from clipfs.mounting.options import byte_count
 
 
 def index(args: argparse.Namespace) -> int:

@@ -13,8 +13,8 @@ from clipfs import state
 from clipfs.blocks.disk import DiskCache, Stored
 from clipfs.cli.progress import progress, size
 from clipfs.errors import ClipfsError, FormatError
-from clipfs.index import Index
-from clipfs.options import byte_count
+from clipfs.format.index import Index
+from clipfs.mounting.options import byte_count
 
 # EX_DATAERR of sysexits(3), as for everything else that is damaged.
 _DAMAGED = 65

@@ -13,14 +13,14 @@ from clipfs.blocks.counters import Counters
 from clipfs.blocks.flight import RANGE
 from clipfs.blocks.frames import Frame
 from clipfs.blocks.reader import BlockReader
+from clipfs.building.extractor import extract as unpack
 from clipfs.cli.look import resolve
 from clipfs.cli.options import clip_of, opened
 from clipfs.cli.progress import progress, size
-from clipfs.codec import decode
+from clipfs.compression.codec import decode
 from clipfs.errors import IntegrityError, UsageError
-from clipfs.extractor import extract as unpack
-from clipfs.format import Codec
-from clipfs.index import Index
+from clipfs.format.container import Codec
+from clipfs.format.index import Index
 from clipfs.sources.fetcher import Fetcher, SourceOptions
 from clipfs.sources.packed import fetcher_for
 

@@ -6,13 +6,15 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from clipfs import mountinfo, reporter, state
+from clipfs import state
 from clipfs.aside import written_aside
 from clipfs.blocks.counters import Counters
 from clipfs.errors import UsageError
-from clipfs.index import Index
-from clipfs.report import Report, parse, slowest
-from clipfs.wording import AHEAD, duration, size, verdict
+from clipfs.format.index import Index
+from clipfs.mounting import mountinfo
+from clipfs.reports import reporter
+from clipfs.reports.report import Report, parse, slowest
+from clipfs.reports.wording import AHEAD, duration, size, verdict
 
 # Lines of each list on a terminal. The JSON has all.
 _FILES, _RANGES, _SAID = 12, 5, 8
@@ -23,7 +25,7 @@ def explain(args: argparse.Namespace) -> int:
     report = _report(args.target)
     if args.html is not None:
         # Late: a page is asked for less often than a line.
-        from clipfs.page import page
+        from clipfs.reports.page import page
 
         with written_aside(args.html) as aside:
             aside.write_text(page(report), encoding="utf-8", errors="backslashreplace")

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clipfs import mountinfo
 from clipfs.errors import ClipfsError, MountError, UsageError
-from clipfs.options import MountOptions, Parsed, parse
+from clipfs.mounting import mountinfo
+from clipfs.mounting.options import MountOptions, Parsed, parse
 
 _USAGE = """\
 usage: mount.clipfs SPEC DIR [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]
@@ -121,7 +121,7 @@ def _obey(request: _Request) -> int:
         return 0
 
     # Late, for the answers above need nothing of it.
-    from clipfs.mounter import mount
+    from clipfs.mounting.mounter import mount
 
     if request.namespace is not None:
         _enter(request.namespace)
@@ -141,7 +141,7 @@ def _clip(spec: str, options: MountOptions) -> Path:
     if path.exists() or (spec.endswith(".clip") and "://" not in spec):
         return path
     # Late, for it brings decoders and trio, which a .clip has no use for.
-    from clipfs.builder import index_for
+    from clipfs.building.builder import index_for
 
     return index_for(spec, insecure=options.insecure, authfile=options.authfile, ca=options.ca)
 
@@ -149,7 +149,7 @@ def _clip(spec: str, options: MountOptions) -> Path:
 def _enter(namespace: str) -> None:
     """Change to another mount namespace (mount -N), named by a process or by a file."""
     # Everything is imported first: the other namespace may have no Python in it, or another.
-    from clipfs import builder, session  # noqa: F401
+    from clipfs.mounting import session  # noqa: F401
 
     path = f"/proc/{namespace}/ns/mnt" if namespace.isdigit() else namespace
     with open(path, "rb") as file:

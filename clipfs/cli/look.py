@@ -13,7 +13,7 @@ from typing import Any
 from clipfs.cli.options import opened
 from clipfs.cli.progress import size
 from clipfs.errors import UsageError
-from clipfs.index import Index, Node
+from clipfs.format.index import Index, Node
 
 
 def inspect(args: argparse.Namespace) -> int:

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import assembler
-from clipfs import mounter
 from clipfs.cli.options import clip_of, containers_dir
 from clipfs.errors import UsageError
-from clipfs.options import MountOptions, byte_count, endpoint, parse, prefetch, report_path
+from clipfs.mounting import mounter
+from clipfs.mounting.options import MountOptions, byte_count, endpoint, parse, prefetch, report_path
 
 
 def mount(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from clipfs.errors import UsageError
-from clipfs.index import Index
+from clipfs.format.index import Index
 from clipfs.oci import Platform
 
 
@@ -20,7 +20,7 @@ def clip_of(args: argparse.Namespace) -> Path:
     if path.is_file():
         return path.absolute()
     # Late: a .clip that is at hand needs neither trio nor a client, which take a third of the time to its first byte.
-    from clipfs.builder import index_for
+    from clipfs.building.builder import index_for
     from clipfs.cli.progress import progress
     from clipfs.sources.web import is_url
 

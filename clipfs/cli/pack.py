@@ -7,10 +7,10 @@ import re
 import sys
 from pathlib import Path
 
+from clipfs.building.packer import pack as pack_up
 from clipfs.cli.options import platform_of
 from clipfs.cli.progress import progress, size
 from clipfs.errors import UsageError
-from clipfs.packer import pack as pack_up
 from clipfs.sources.fetcher import SourceOptions
 
 

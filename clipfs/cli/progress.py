@@ -7,8 +7,8 @@ import threading
 import time
 from typing import TextIO
 
-from clipfs.builder import Progress, Silent
-from clipfs.wording import size
+from clipfs.building.builder import Progress, Silent
+from clipfs.reports.wording import size
 
 __all__ = ["progress", "size"]
 

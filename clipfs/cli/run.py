@@ -15,13 +15,13 @@ from types import TracebackType
 from typing import Self
 
 import assembler
-from clipfs import mounter
 from clipfs.cli.mounts import mount_options
 from clipfs.cli.options import clip_of, containers_dir
 from clipfs.errors import UsageError
-from clipfs.index import Index
+from clipfs.format.index import Index
+from clipfs.mounting import mounter
+from clipfs.mounting.options import byte_count
 from clipfs.oci import ImageConfig
-from clipfs.options import byte_count
 from clipfs.state import Process
 
 

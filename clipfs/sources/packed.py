@@ -14,7 +14,7 @@ import trio
 
 from clipfs.errors import FormatError, SourceError, UsageError
 from clipfs.fields import quoted
-from clipfs.format import ITSELF, Layer, Section
+from clipfs.format.container import ITSELF, Layer, Section
 from clipfs.oci import Manifest
 from clipfs.sources.fetcher import Fetcher, LayerFetcher, SourceOptions
 from clipfs.sources.place import LocalFile, Place, ReplacedError

@@ -12,7 +12,7 @@ from pathlib import Path
 import trio
 
 from clipfs.errors import SourceError
-from clipfs.format import HEADER_SIZE, Header
+from clipfs.format.container import HEADER_SIZE, Header
 
 
 class ReplacedError(Exception):

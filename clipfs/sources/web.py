@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import trio
 
 from clipfs.errors import FormatError, SourceError, UsageError
-from clipfs.format import HEADER_SIZE, PACKED, Header, Kind, Section
+from clipfs.format.container import HEADER_SIZE, PACKED, Header, Kind, Section
 from clipfs.sources.auth import is_loopback
 from clipfs.sources.fetcher import SourceOptions
 from clipfs.sources.place import Place, ReplacedError

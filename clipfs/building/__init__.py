@@ -1,0 +1,1 @@
+"""From an image to a `.clip`, or to a directory: what reads images as a whole."""

@@ -1,0 +1,67 @@
+"""The index of a clip that a web server has, brought to this machine; the data stays where it is.
+
+What is made here is a clip like others: its sections are those of the file on the server, its source is the URL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from clipfs import state
+from clipfs.aside import written_aside
+from clipfs.format.check import check_sections
+from clipfs.format.container import Header
+from clipfs.oci import Digest
+from clipfs.sources.fetcher import SourceOptions
+from clipfs.sources.web import WebFile
+
+T = TypeVar("T")
+
+
+def save_index(url: str, out: Path, options: SourceOptions) -> None:
+    """Write the index of the clip at `url` to `out`. SourceError if it cannot be had, FormatError if it is none."""
+
+    async def main(web: WebFile) -> None:
+        await _save(web, url, out)
+
+    _with(url, options, main)
+
+
+def cached_index(url: str, options: SourceOptions) -> Path:
+    """The same in this user's index cache. Only the header is fetched of one that is there already: it has the digests
+    of all the rest, so it is kept by the header and a file that was replaced gets another one."""
+
+    async def main(web: WebFile) -> Path:
+        await web.header()
+        path = state.cache_dir() / "index" / f"{Digest.of(url.encode() + web.head).hex}.clip"
+        if not path.exists():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            await _save(web, url, path)
+        return path
+
+    return _with(url, options, main)
+
+
+def _with(url: str, options: SourceOptions, act: Callable[[WebFile], Awaitable[T]]) -> T:
+    async def main() -> T:
+        web = WebFile(url, options)
+        try:
+            return await act(web)
+        finally:
+            await web.aclose()
+
+    return trio.run(main)
+
+
+async def _save(web: WebFile, url: str, out: Path) -> None:
+    with written_aside(out) as aside, aside.open("w+b") as file:
+        await web.copy_index(file, url)
+        file.flush()
+        # What came over the net is verified once, here; what is read later is checked as it is read, as ever.
+        with mmap(file.fileno(), 0, access=ACCESS_READ) as buffer:
+            check_sections(buffer, Header.parse(buffer, web.name), web.name)

@@ -1,0 +1,120 @@
+"""What a scan keeps while it passes over a layer: its place in the blob, the span under way, and those that are done.
+
+This module does not know codecs; `spans` tells it where decoding can begin and which bytes came out. Digests are taken,
+and windows made sparse, in a thread of their own, which never falls far behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from clipfs.compression.deflate import REACH, sparse_window
+from clipfs.format.container import Span
+
+# What small reads in sequence are served from.
+_READ = 1 << 20
+
+# Pieces of work that the hashing thread may be behind: 8 MiB of chunks.
+_BACKLOG = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Seek:
+    """Where decoding can begin; the fields are those of Span."""
+
+    start: int
+    bit: int = 0
+    window: bytes = b""
+    skip: int = 0
+
+
+class Region:
+    """The blob's bytes: a part of a file. `position` is how far the scan has come."""
+
+    def __init__(self, descriptor: int, offset: int, size: int) -> None:
+        self.descriptor, self.offset, self.size = descriptor, offset, size
+        self.position = 0
+        self._buffer, self._start = b"", 0
+
+    def read(self, start: int, count: int) -> bytes:
+        """Bytes [start, start + count), fewer at the end. Small reads in sequence cost one large one."""
+        at = start - self._start
+        if at < 0 or at + count > len(self._buffer):
+            length = max(0, min(max(count, _READ), self.size - start))
+            self._buffer, self._start, at = os.pread(self.descriptor, length, self.offset + start), start, 0
+        return self._buffer[at : at + count]
+
+
+class Ledger:
+    """The spans, in order. `length` is how much the one under way holds."""
+
+    def __init__(self, region: Region) -> None:
+        self._region = region
+        self._thread = ThreadPoolExecutor(1, "clipfs-spans")
+        self._behind: deque[Future[Any]] = deque()
+        self._done: list[Future[Span]] = []
+        self._hash = hashlib.sha256()
+        self._seek = Seek(0)
+        self._position = self._end = 0
+        self._sparse: tuple[bytes, bytes] = b"", b""
+        self.length = 0
+
+    @property
+    def start(self) -> int:
+        """The compressed byte that decoding of the span under way begins at."""
+        return self._seek.start
+
+    @property
+    def run(self) -> int:
+        """Decoded bytes since decoding could begin."""
+        return self._seek.skip + self.length
+
+    def begin(self, seek: Seek) -> None:
+        """Decoding can begin here. Only a span that holds nothing yet makes use of it."""
+        if not self.length:
+            self._seek = seek
+
+    def add(self, chunk: bytes) -> None:
+        """The next decoded bytes."""
+        self.length += len(chunk)
+        self._submit(self._thread.submit(self._hash.update, chunk))
+
+    def cut(self, end: int, seek: Seek | None = None) -> None:
+        """The span ends, with the compressed bytes before `end`. seek: where the next begins; without one, it has to
+        begin where this one did."""
+        if not self.length:
+            return
+        # What one piece takes beyond its end may be more than all of the next one.
+        end = self._end = max(end, self._end) if self._seek.skip else end
+        job = self._thread.submit(self._span, self._seek, end, self._position, self.length, self._hash)
+        self._done.append(job)
+        self._submit(job)
+        done = self._seek
+        self._seek = seek or Seek(done.start, done.bit, done.window, done.skip + self.length)
+        self._position += self.length
+        self.length = 0
+        self._hash = hashlib.sha256()
+
+    def spans(self) -> list[Span]:
+        return [job.result() for job in self._done]
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _submit(self, job: Future[Any]) -> None:
+        self._behind.append(job)
+        if len(self._behind) > _BACKLOG:
+            self._behind.popleft().result()
+
+    def _span(self, seek: Seek, end: int, position: int, length: int, digest: Any) -> Span:
+        if seek.window is not self._sparse[0]:
+            # All pieces that begin there share it, and some are shorter than what may refer to it.
+            region = self._region
+            head = os.pread(region.descriptor, min(region.size - seek.start, REACH), region.offset + seek.start)
+            self._sparse = seek.window, sparse_window(seek.window, seek.bit, head) if seek.window else b""
+        return Span(seek.start, end, position, length, digest.digest(), seek.bit, seek.skip, self._sparse[1])

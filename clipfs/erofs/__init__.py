@@ -1,0 +1,1 @@
+"""EROFS: the structures on disk, writing them and reading them."""

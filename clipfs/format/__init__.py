@@ -1,0 +1,1 @@
+"""The `.clip` file: its header, sections and tables, how it is written, checked and read."""

@@ -1,0 +1,248 @@
+"""The tables of a ``.clip`` beside its tree: layers, spans and extents, read in place from the mapped file.
+
+This module knows how records are encoded and checks each one when it is read. Nothing here is proportional to the size
+of the image: a record is decoded when somebody asks for it.
+
+Numbers that are bisected stay where they are and are seen through memoryviews. A mapped file can not be closed while
+one is left, so whoever makes a table releases it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from mmap import mmap
+from typing import overload
+
+import zstandard
+
+from clipfs.errors import FormatError
+from clipfs.format.container import (
+    ALGORITHMS,
+    LAYER,
+    MAX_SKIP,
+    MAX_WINDOW,
+    PLACE_BITS,
+    SPAN,
+    Codec,
+    Header,
+    Kind,
+    Layer,
+    Section,
+    Span,
+)
+from clipfs.oci import Digest
+
+_OFFSET_MASK = (1 << PLACE_BITS) - 1
+_EXTENT_SIZE = 24
+# SPAN is this many 64-bit numbers long, and the number at this place in it is `position`.
+_SPAN_WORDS, _POSITION_WORD = SPAN.size // 8, 2
+_LENGTH_FIELD = 5
+_DIGEST_SIZE = 32
+
+
+class SpanTable(Sequence[Span]):
+    """The spans of one layer. Indexing decodes a record and decompresses its window; `find` and `bounds` do neither."""
+
+    def __init__(
+        self, buffer: mmap, at: int, count: int, windows: Section, size: int, diff_size: int, codec: Codec, name: str
+    ) -> None:
+        """at: where the first of `count` records is.  size, diff_size, codec: of the layer that they belong to."""
+        self._buffer = buffer
+        self._at = at
+        self._count = count
+        self._windows = windows
+        self._size = size
+        self._diff_size = diff_size
+        self._codec = codec
+        self._name = name
+        self._words = memoryview(buffer)[at : at + count * SPAN.size].cast("Q")
+        self._starts = self._words[::_SPAN_WORDS]
+        self._positions = self._words[_POSITION_WORD::_SPAN_WORDS]
+        self._skips = self._words[_POSITION_WORD + 1 :: _SPAN_WORDS]
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, number: int) -> Span: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[Span]: ...
+
+    def __getitem__(self, number: int | slice) -> Span | list[Span]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(self._count))]
+        if number < 0:
+            number += self._count
+        if not 0 <= number < self._count:
+            raise IndexError(number)
+        start, end, position, skip, window_at, length, window_length, bit, digest = SPAN.unpack_from(
+            self._buffer, self._at + number * SPAN.size
+        )
+        if not (
+            start <= end <= self._size
+            and 0 < length <= self._diff_size - position
+            and (bit < 8 if self._codec is Codec.GZIP else not bit and not window_length)
+            and (not skip or (self._codec is not Codec.RAW and skip <= max(position, MAX_SKIP)))
+        ):
+            raise FormatError(f"{self._name} is damaged: span {number} of a layer is outside of it")
+        window = self._window(window_at, window_length) if window_length else b""
+        return Span(start, end, position, length, digest, bit, skip, window)
+
+    def find(self, offset: int) -> int:
+        """The number of the span that holds the byte at `offset` of the uncompressed layer."""
+        number = bisect_right(self._positions, offset) - 1
+        if number < 0 or not 0 <= offset < self._diff_size:
+            raise FormatError(f"{self._name} is damaged: no span holds byte {offset} of a layer")
+        return number
+
+    def bounds(self, number: int) -> tuple[int, int]:
+        """(position, length) of a span, cheaply: what a plan needs to know."""
+        position = self._positions[number]
+        length: int = SPAN.unpack_from(self._buffer, self._at + number * SPAN.size)[_LENGTH_FIELD]
+        if not 0 < length <= self._diff_size - position:
+            raise FormatError(f"{self._name} is damaged: span {number} of a layer is outside of it")
+        return position, length
+
+    def digest(self, number: int) -> bytes:
+        """SHA-256 of a span's decoded bytes, cheaply: what a cache needs to know."""
+        at = self._at + (number + 1) * SPAN.size
+        return self._buffer[at - _DIGEST_SIZE : at]
+
+    def frame(self, number: int) -> range:
+        """The numbers of the spans that decoding passes one after the other, this one included: from the one at whose
+        beginning decoding begins, to the last that follows without a gap."""
+        first, last, starts, skips = number, number + 1, self._starts, self._skips
+        start, gap = starts[number], self._positions[number] - skips[number]
+        while first and starts[first - 1] == start and self._positions[first - 1] - skips[first - 1] == gap:
+            first -= 1
+        while last < self._count and starts[last] == start and self._positions[last] - skips[last] == gap:
+            last += 1
+        return range(first, last) if not skips[first] else range(number, number + 1)
+
+    def release(self) -> None:
+        """Let go of the mapped file."""
+        self._starts.release()
+        self._skips.release()
+        self._positions.release()
+        self._words.release()
+
+    def _window(self, at: int, length: int) -> bytes:
+        if length > self._windows.length - at:
+            raise FormatError(f"{self._name} is damaged: a window is outside of its section")
+        at += self._windows.offset
+        frame = self._buffer[at : at + length]
+        try:
+            # Asked first: zstandard allocates whatever a frame says that it holds.
+            if not 0 < zstandard.frame_content_size(frame) <= MAX_WINDOW:
+                raise FormatError(f"{self._name} is damaged: a window is larger than {MAX_WINDOW} bytes")
+            return zstandard.ZstdDecompressor().decompress(frame, read_across_frames=False)
+        except zstandard.ZstdError as error:
+            raise FormatError(f"{self._name} is damaged: a window can not be decompressed: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLayer(Layer):
+    """A layer whose spans are read from the file when asked for."""
+
+    spans: SpanTable
+
+
+class ExtentTable:
+    """Where the bytes of the data space are: three columns, sorted by address."""
+
+    def __init__(self, buffer: mmap, section: Section, layers: Sequence[Layer], name: str) -> None:
+        self.count, rest = divmod(section.length, _EXTENT_SIZE)
+        if rest:
+            raise FormatError(f"{name} is damaged: its extents are {section.length} bytes, not a multiple of 24")
+        self._name = name
+        self._sizes = [layer.diff_size for layer in layers]
+        step = self.count * 8
+        first, second, third = (section.offset + step * number for number in range(3))
+        whole = memoryview(buffer)
+        self.starts = whole[first : first + step].cast("Q")
+        self.lengths = whole[second : second + step].cast("Q")
+        self.places = whole[third : third + step].cast("Q")
+        whole.release()
+
+    def find(self, address: int, length: int) -> list[tuple[int, int, int, int]]:
+        """(address, layer, offset, length) of what is stored of these bytes of the data space; the rest is zeros.
+
+        A hot path of every read, so flat: one bisect, then as many extents as the answer has.
+        """
+        starts, lengths = self.starts, self.lengths
+        found: list[tuple[int, int, int, int]] = []
+        end = address + length
+        number = bisect_right(starts, address) - 1
+        if number < 0:
+            number = 0
+        for number in range(number, self.count):  # noqa: B020  goes on from where it is
+            start = starts[number]
+            if start >= end:
+                break
+            stop = start + lengths[number]
+            if stop <= address:
+                continue
+            place = self.places[number]
+            layer, offset = place >> PLACE_BITS, place & _OFFSET_MASK
+            if layer >= len(self._sizes) or offset + stop - start > self._sizes[layer]:
+                raise FormatError(f"{self._name} is damaged: extent {number} is outside of its layer")
+            if start < address:
+                offset += address - start
+                start = address
+            if stop > end:
+                stop = end
+            found.append((start, layer, offset, stop - start))
+            address = stop
+        return found
+
+    def release(self) -> None:
+        """Let go of the mapped file."""
+        for column in (self.starts, self.lengths, self.places):
+            column.release()
+
+
+def read_layers(buffer: mmap, header: Header, name: str) -> tuple[StoredLayer, ...]:
+    """All layers. Their spans are known to lie inside the spans section, and to be all of it."""
+    section, spans = header[Kind.LAYERS], header[Kind.SPANS]
+    layers: list[StoredLayer] = []
+    at = spans.offset
+    try:
+        for offset in range(section.offset, section.end, LAYER.size):
+            layer = _read_layer(buffer, offset, at, header, name)
+            layers.append(layer)
+            at += len(layer.spans) * SPAN.size
+        if at != spans.end or section.length % LAYER.size:
+            raise FormatError(f"{name} is damaged: its layers and spans do not match")
+    except FormatError:
+        for layer in layers:
+            layer.spans.release()
+        raise
+    return tuple(layers)
+
+
+def _read_layer(buffer: mmap, offset: int, spans_at: int, header: Header, name: str) -> StoredLayer:
+    section, spans = header[Kind.LAYERS], header[Kind.SPANS]
+    if offset + LAYER.size > section.end:
+        raise FormatError(f"{name} is damaged: its layers and spans do not match")
+    algorithm, diff_algorithm, codec, digest, diff_id, size, diff_size, count, reserved, length, media_type = (
+        LAYER.unpack_from(buffer, offset)
+    )
+    if count > (spans.end - spans_at) // SPAN.size or diff_size >> PLACE_BITS or reserved:
+        raise FormatError(f"{name} is damaged: a layer has sizes that can not be")
+    try:
+        kind = Codec(codec)
+        digests = _digest(algorithm, digest), _digest(diff_algorithm, diff_id)
+        text = media_type[:length].decode()
+    except (KeyError, ValueError):
+        raise FormatError(f"{name} is damaged: a layer has a digest, codec or media type that can not be") from None
+    table = SpanTable(buffer, spans_at, count, header[Kind.WINDOWS], size, diff_size, kind, name)
+    return StoredLayer(*digests, size, diff_size, kind, text, table)
+
+
+def _digest(algorithm: int, raw: bytes) -> Digest:
+    name = ALGORITHMS[algorithm]
+    return Digest(name, raw[: hashlib.new(name).digest_size].hex())

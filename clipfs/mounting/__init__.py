@@ -1,0 +1,1 @@
+"""A `.clip` as a file system of this machine: views, sessions, processes."""

@@ -1,0 +1,255 @@
+"""The FUSE view: an index and a block reader, spoken to by the kernel.
+
+An adapter and nothing else: it turns inodes of the index into replies and errors into errnos. What an image is and
+where bytes come from, it does not know. It holds no state that a request could spoil: inode numbers are the index's
+nids (the root is called 1), file handles are inode numbers, and everything is immutable, so that the kernel may cache
+all it is told for ever.
+
+pyfuse3 ends the whole mount when a handler raises anything but FUSEError. So the handlers below are plain functions,
+and `_answer` makes the coroutine that pyfuse3 awaits and stands between it and them.
+"""
+# ruff: noqa: ARG002  which parameters a handler has is pyfuse3's choice
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, StatvfsData
+
+from clipfs.errors import ClipfsError
+from clipfs.format.index import Index
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Seconds that the kernel may believe us; 68 years, the most that fits where such numbers become 32-bit jiffies.
+_FOR_EVER = 2**31 - 1
+
+# As on a disk. FUSE itself lets a kilobyte through.
+_MAX_NAME = 255
+
+# Entries kept before a lookup table starts over. Attributes cost 0.4 KB each; the kernel keeps its own for ever, so
+# these only serve hard links and what a listing is asked again for.
+_REMEMBERED = 4096
+
+# Distinct sentences about failed reads that are logged, each once, before they may repeat.
+_SENTENCES = 256
+
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
+
+
+class Reader(Protocol):
+    """What reads are served from; `blocks.reader.BlockReader` is one."""
+
+    def try_read(self, address: int, length: int) -> bytes | None:
+        """The bytes if they are in memory."""
+
+    async def read(self, address: int, length: int) -> bytes:
+        """The bytes; ClipfsError if they cannot be had."""
+
+
+def _answer(
+    handler: Callable[Concatenate[ClipFS, P], T],
+) -> Callable[Concatenate[ClipFS, P], Coroutine[Any, Any, T]]:
+    """The coroutine for a handler that needs no waiting. Nothing but FUSEError comes out of it."""
+
+    @wraps(handler)
+    async def answer(self: ClipFS, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return handler(self, *args, **kwargs)
+        except FUSEError:
+            raise
+        except Exception as error:  # noqa: BLE001  reported, and the mount lives on
+            raise self._failure(error) from None
+
+    return answer
+
+
+class ClipFS(pyfuse3.Operations):
+    """Serves one index. Make it, hand it to ``pyfuse3.init``, run ``pyfuse3.main``."""
+
+    supports_dot_lookup = True
+    # An image's POSIX ACLs grant and deny as they would on a disk; costs nothing for the owner of a file.
+    enable_acl = True
+    enable_writeback_cache = False
+
+    def __init__(self, index: Index, reader: Reader) -> None:
+        super().__init__()
+        self._index = index
+        self._reader = reader
+        self._attributes: dict[int, EntryAttributes] = {}
+        self._files: dict[int, tuple[int, int]] = {}
+        self._listings: dict[int, list[tuple[bytes, int]]] = {}
+        self._complaints: set[str] = set()
+        # A reply with inode 0 is cached as "no such name"; the errno ENOENT would be asked for again and again.
+        self._absent = EntryAttributes()
+        self._absent.st_ino = 0
+        self._absent.entry_timeout = _FOR_EVER
+
+    # --- names and attributes
+
+    @_answer
+    def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        if len(name) > _MAX_NAME:
+            raise FUSEError(errno.ENAMETOOLONG)
+        nid = self._index.lookup(self._nid(parent_inode), name)
+        return self._attributes_of(nid) if nid else self._absent
+
+    @_answer
+    def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        return self._attributes_of(self._nid(inode))
+
+    @_answer
+    def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        return self._index.readlink(self._nid(inode))
+
+    @_answer
+    def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        try:
+            return self._index.xattrs(self._nid(inode))[name]
+        except KeyError:
+            raise FUSEError(errno.ENODATA) from None
+
+    @_answer
+    def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
+        return list(self._index.xattrs(self._nid(inode)))
+
+    @_answer
+    def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
+        """Asked only without default_permissions, with which the kernel decides; we always mount with it."""
+        return True
+
+    @_answer
+    def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """A full file system of the image's size. Overlayfs accepts no lower directory that has no answer to this."""
+        data = StatvfsData()
+        data.f_bsize = data.f_frsize = 4096
+        data.f_blocks = self._index.data_size // 4096
+        data.f_files = self._index.inodes
+        data.f_namemax = _MAX_NAME
+        return data
+
+    # --- directories
+
+    @_answer
+    def opendir(self, inode: int, ctx: RequestContext) -> int:
+        return inode
+
+    @_answer
+    def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        """Entry number n has offset n + 1, for good: directories do not change. The list is made at the first call."""
+        listing = self._listings.get(fh)
+        if listing is None:
+            nid = self._nid(fh)
+            listing = [(b".", nid), (b"..", self._index.parent(nid)), *self._index.entries(nid)]
+            self._listings[fh] = listing
+        reply, attributes_of = pyfuse3.readdir_reply, self._attributes_of
+        for at in range(start_id, len(listing)):
+            name, nid = listing[at]
+            if not reply(token, name, attributes_of(nid), at + 1):
+                return
+
+    @_answer
+    def releasedir(self, fh: int) -> None:
+        """Forget the list. Somebody else who is in the middle of the same directory has it made again."""
+        self._listings.pop(fh, None)
+
+    # --- file contents
+
+    @_answer
+    def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        if flags & _WRITING:
+            raise FUSEError(errno.EROFS)
+        self._locate(inode)
+        return FileInfo(fh=inode, keep_cache=True)
+
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        """The hot path, and the one handler that may wait. Up to `try_read` there is no await on purpose: a hit is
+        answered before anybody else gets to run."""
+        try:
+            address, end = self._files.get(fh) or self._locate(fh)
+            length = min(size, end - off)
+            if length <= 0:
+                return b""
+            data = self._reader.try_read(address + off, length)
+            return data if data is not None else await self._reader.read(address + off, length)
+        except FUSEError:
+            raise
+        except Exception as error:  # noqa: BLE001  reported, and the mount lives on
+            raise self._failure(error) from None
+
+    @_answer
+    def flush(self, fh: int) -> None:
+        """ENOSYS is final: the kernel stops asking."""
+        raise FUSEError(errno.ENOSYS)
+
+    @_answer
+    def release(self, fh: int) -> None:
+        pass
+
+    # --- what cannot be done
+
+    async def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        """The mount is read-only, so that the kernel asks for none of these; only a forced remount makes it."""
+        raise FUSEError(errno.EROFS)
+
+    setattr = mknod = mkdir = unlink = rmdir = symlink = rename = link = _refuse
+    create = write = setxattr = removexattr = _refuse
+
+    # --- inside
+
+    def _nid(self, inode: int) -> int:
+        return self._index.root if inode == pyfuse3.ROOT_INODE else inode
+
+    def _attributes_of(self, nid: int) -> EntryAttributes:
+        known = self._attributes.get(nid)
+        if known is not None:
+            return known
+        node = self._index.inode(nid)
+        entry = EntryAttributes()
+        entry.st_ino = pyfuse3.ROOT_INODE if nid == self._index.root else nid
+        entry.st_mode = node.mode
+        entry.st_nlink = node.nlink
+        entry.st_uid = node.uid
+        entry.st_gid = node.gid
+        entry.st_rdev = node.rdev
+        entry.st_size = node.size
+        entry.st_blocks = (node.size + 511) // 512
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = node.mtime_ns
+        entry.entry_timeout = entry.attr_timeout = _FOR_EVER
+        if len(self._attributes) >= _REMEMBERED:
+            self._attributes.clear()
+        self._attributes[nid] = entry
+        return entry
+
+    def _locate(self, inode: int) -> tuple[int, int]:
+        """Where a regular file's bytes are: data-space address, size."""
+        node = self._index.inode(self._nid(inode))
+        if not stat.S_ISREG(node.mode):
+            raise FUSEError(errno.EINVAL)
+        if len(self._files) >= _REMEMBERED:
+            self._files.clear()
+        place = self._files[inode] = node.address, node.size
+        return place
+
+    def _failure(self, error: Exception) -> FUSEError:
+        """EIO for the reader, the reason for the log: a sentence, and that once, or for a bug the traceback."""
+        if not isinstance(error, ClipfsError):
+            log.error("a bug in clipfs, please report it", exc_info=error)
+            return FUSEError(errno.EIO)
+        sentence = str(error)
+        if sentence not in self._complaints:
+            if len(self._complaints) >= _SENTENCES:
+                self._complaints.clear()
+            self._complaints.add(sentence)
+            log.error("%s", sentence)
+        return FUSEError(errno.EIO)

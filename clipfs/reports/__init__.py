@@ -1,0 +1,1 @@
+"""What a mount did, told to people and programs."""
