@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,34 +20,34 @@ from clipfs.errors import ClipfsError
 def state_dir() -> Path:
     """Runtime state, gone after a reboot: $CLIPFS_STATE, /run/clipfs for root, $XDG_RUNTIME_DIR/clipfs otherwise."""
     if given := os.environ.get("CLIPFS_STATE"):
-        return _private(Path(given))
+        return private(Path(given))
     if os.geteuid() == 0:
-        return _private(Path("/run/clipfs"))
+        return private(Path("/run/clipfs"))
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     # Without a session there is no directory that only this user can write to; one in /tmp is checked to be theirs.
-    return _private(Path(runtime, "clipfs") if runtime else Path(f"/tmp/clipfs-{os.geteuid()}"))  # noqa: S108
+    return private(Path(runtime, "clipfs") if runtime else Path(f"/tmp/clipfs-{os.geteuid()}"))  # noqa: S108
 
 
 def cache_dir() -> Path:
     """What may be deleted at any time: $CLIPFS_CACHE, /var/cache/clipfs for root, $XDG_CACHE_HOME/clipfs otherwise."""
     if given := os.environ.get("CLIPFS_CACHE"):
-        return _private(Path(given))
+        return private(Path(given))
     if os.geteuid() == 0:
-        return _private(Path("/var/cache/clipfs"))
+        return private(Path("/var/cache/clipfs"))
     if home := os.environ.get("XDG_CACHE_HOME"):
-        return _private(Path(home) / "clipfs")
+        return private(Path(home) / "clipfs")
     try:
-        return _private(Path.home() / ".cache" / "clipfs")
+        return private(Path.home() / ".cache" / "clipfs")
     except RuntimeError:
         raise ClipfsError(f"uid {os.geteuid()} has no home to keep a cache in; set HOME or CLIPFS_CACHE") from None
 
 
 def scratch_dir() -> Path:
     """Large files that live for one operation; on a disk, which the state directory is not."""
-    return _private(cache_dir() / "scratch")
+    return private(cache_dir() / "scratch")
 
 
-def _private(path: Path) -> Path:
+def private(path: Path) -> Path:
     """`path` as a directory that nobody else can write to, made if it is not there."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -70,7 +72,11 @@ class Process:
     @classmethod
     def current(cls) -> Process:
         """The calling process."""
-        pid = os.getpid()
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> Process:
+        """A process that runs, or has ended and was not waited for; such a one has started at 0."""
         return cls(pid, _started(pid) or 0)
 
     @property
@@ -102,22 +108,39 @@ def _started(pid: int) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class MountRecord:
-    """A mount being served: by whom, where, of what. device is the mount's "major:minor", "" before it is mounted."""
+    """A mount being served: by whom, where, of what. device is the mount's "major:minor", "" before it is mounted.
+
+    process answers for the mount, and all that is kept here about it is named after it; worker answers its requests,
+    goes on with that if the other one is killed, and changes. name: what was asked to be mounted. view: kernel or fuse.
+    """
 
     process: Process
     mountpoint: str
     clip: str
     source: str
     device: str
+    name: str = ""
+    view: str = ""
+    worker: Process | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Is there anybody left who serves it?"""
+        return self.server is not None
+
+    @property
+    def server(self) -> Process | None:
+        """Who ends when the mount does: its process, its worker if that was killed, None if both were."""
+        return next((one for one in (self.process, self.worker) if one is not None and one.alive), None)
 
     @property
     def counters(self) -> Path:
-        """The file that the serving process counts in, for others to read."""
+        """The file that the worker counts in, for others to read."""
         return _mounts_dir() / f"{self.process}.counters"
 
     @property
     def journal(self) -> Path:
-        """The file in which the serving process writes what it fetches."""
+        """The file in which the worker writes what it fetches."""
         return _mounts_dir() / f"{self.process}.journal"
 
     def save(self) -> None:
@@ -138,7 +161,8 @@ def records() -> list[MountRecord]:
     for file in sorted(_mounts_dir().glob("*.json")):
         try:
             fields = json.loads(file.read_bytes())
-            found.append(MountRecord(**{**fields, "process": Process(**fields["process"])}))
+            worker = fields["worker"] and Process(**fields["worker"])
+            found.append(MountRecord(**{**fields, "process": Process(**fields["process"]), "worker": worker}))
         except FileNotFoundError:
             continue  # ended while we looked
         except (ValueError, TypeError, KeyError) as error:
@@ -163,5 +187,32 @@ def remove_unrecorded() -> None:
             file.unlink(missing_ok=True)
 
 
+@contextmanager
+def asking(process: Process) -> Iterator[int]:
+    """A pipe on which `process` will say how it has ended, what it is about to be asked for: see `answer`."""
+    path = _mounts_dir() / f"{process}.{Process.current()}.asked"
+    os.mkfifo(path, 0o600)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def answer(process: Process, why: str) -> None:
+    """Tell everybody who has asked `process` for something that it is done, or if not, why."""
+    for path in _mounts_dir().glob(f"{process}.*.asked"):
+        # Who does not listen any more does not want to know.
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                os.write(descriptor, json.dumps(why).encode())
+            finally:
+                os.close(descriptor)
+
+
 def _mounts_dir() -> Path:
-    return _private(state_dir() / "mounts")
+    return private(state_dir() / "mounts")

@@ -5,9 +5,6 @@ A pytest plugin: modules that mount name it in `pytest_plugins`.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +13,8 @@ import pytest
 
 import clipfs
 from clipfs.mounting import mountinfo
-from tests.mounts import ended, files, settled, small_image
+from tests.conftest import require
+from tests.mounts import erofs, files, kill, settled, small_image
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +39,16 @@ def public() -> Iterator[Path]:
         yield Path(directory)
 
 
+@pytest.fixture(params=("kernel", "fuse"))
+def view(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the two views, for all mounts of a test."""
+    chosen: str = request.param
+    if chosen == "kernel":
+        require(erofs(), "EROFS of files (Linux 6.12)")
+    monkeypatch.setenv("CLIPFS_VIEW", chosen)
+    return chosen
+
+
 @pytest.fixture
 def runtime(tmp_path: Path, public: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A state and a cache directory of this test's own. Afterwards ends what still runs, and fails if anything did.
@@ -53,9 +61,7 @@ def runtime(tmp_path: Path, public: Path, monkeypatch: pytest.MonkeyPatch) -> It
     yield directory
     left = settled()
     for record in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(record.process.pid, signal.SIGKILL)
-            ended(record.process.pid)
+        kill(record)
     clipfs.gc()
     assert left == []
     assert files(directory) == []

@@ -5,19 +5,25 @@ The fixtures that go with it are in `tests.mount_fixtures`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import signal
 import stat
 import subprocess
 from pathlib import Path
 
+import clipfs
 from clipfs import state
-from clipfs.mounting import mountinfo
+from clipfs.mounting import kernel, mountinfo
 from tests.images import LayoutBuilder
 from tests.tars import Tar
 
 # Larger than a block, incompressible enough to span some, and different at every place.
 BIG = b"".join(b"%09d\n" % number for number in range(60_000))
+
+# What a file says whose mount has gone: FUSE and EROFS.
+GONE = "not connected|Input/output"
 
 # Any wait of these tests; what they wait for takes milliseconds.
 SECONDS = 20
@@ -57,12 +63,38 @@ def ended(pid: int) -> bool:
         os.close(descriptor)
 
 
+def kill(record: state.MountRecord) -> None:
+    """Kill all that serves a mount, and wait for its end."""
+    for process in (record.process, record.worker):
+        if process is not None and process.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+            assert ended(process.pid)
+
+
+def record_of(mounted: clipfs.Mount) -> state.MountRecord:
+    """What is known of a mount, which changes with its worker."""
+    [record] = [record for record in state.records() if record.process.pid == mounted.pid]
+    return record
+
+
+def erofs() -> bool:
+    """Can this kernel, for this user, have a kernel view?"""
+    try:
+        kernel.known("erofs")
+    except OSError:
+        return False
+    return os.geteuid() == 0
+
+
 def settled() -> list[state.MountRecord]:
     """Wait for processes whose mount is gone, which umount(8) does not do; the records of all others."""
     mounted = {entry.device for entry in mountinfo.entries()}
     for record in state.records():
         if record.device not in mounted:
             ended(record.process.pid)
+            if record.worker is not None:
+                ended(record.worker.pid)
     return state.records()
 
 

@@ -42,9 +42,9 @@ class Counters:
 
     @classmethod
     def create(cls, path: Path) -> Self:
-        """Zeros in a new file, for the process that counts."""
+        """Zeros in a new file, for the process that counts; in one that another process has begun, its numbers."""
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             with open(descriptor, "r+b") as file:
                 file.truncate(_SIZE)
                 return cls(mmap.mmap(file.fileno(), _SIZE))

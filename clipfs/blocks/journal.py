@@ -1,7 +1,7 @@
 """What was fetched, when and why: a line of JSON an event, for `clipfs explain` and for the trace of a run.
 
-Times are seconds since the mount began. A journal is appended to by one process and may be read by any, while that
-lives and after it died. It is bounded: what a mount does in its first hours is what people ask about.
+Times are seconds since the mount began. A journal is appended to by the processes of one mount and may be read by any,
+while they live and after they died. It is bounded: what a mount does in its first hours is what people ask about.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ MOST = 16 << 20
 
 
 class Journal:
-    """Writes events to a file, or nowhere."""
+    """Writes events to the end of a file, or nowhere. began: when the mount did, by the monotonic clock."""
 
-    def __init__(self, path: Path | None = None) -> None:
-        self._began = time.monotonic()
+    def __init__(self, path: Path | None = None, *, began: float | None = None) -> None:
+        self._began = time.monotonic() if began is None else began
         self._size = 0
         self._file: BinaryIO | None = None
         if path is not None:
             try:
-                self._file = path.open("wb", buffering=0)
+                self._file = path.open("ab", buffering=0)
+                self._size = self._file.tell()
             except OSError as error:
                 raise ClipfsError(f"cannot keep a journal in {path}: {error.strerror}") from error
 

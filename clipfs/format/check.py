@@ -24,11 +24,16 @@ from clipfs.oci import Digest, ImageConfig, Manifest
 _DIRECTORY_TYPE = FILE_TYPE[stat.S_IFDIR >> 12]
 
 
-def check_sections(buffer: mmap, header: Header, name: str) -> None:
-    """Every section has the SHA-256 that the header promises, and between sections there is nothing."""
+def check_sections(buffer: mmap, header: Header, name: str, *, data: bool = True) -> None:
+    """Every section has the SHA-256 that the header promises, and between sections there is nothing.
+
+    data: also the section with the data, if there is one; it is the last.
+    """
     end = SUPERBLOCK_OFFSET
     with memoryview(buffer) as whole:
         for number, section in enumerate(header.sections.values()):
+            if section is header.data and not data:
+                break
             with whole[section.offset : section.end] as content:
                 if hashlib.sha256(content).digest() != section.digest:
                     raise FormatError(f"{name} is damaged: section {number} does not have its checksum")

@@ -64,19 +64,22 @@ class Index:
         self.data_size: int = self._tree.data_size
 
     @classmethod
-    def open(cls, path: Path | str) -> Self:
-        """Map the file and check its header. FormatError if it is none of ours, ClipfsError if it can not be read."""
+    def open(cls, path: Path | str, *, shown: Path | None = None) -> Self:
+        """Map the file and check its header. FormatError if it is none of ours, ClipfsError if it can not be read.
+
+        shown: what the index calls itself, if `path` is a copy of it.
+        """
         if sys.byteorder != "little":
             raise ClipfsError("clipfs reads .clip files on little-endian machines only")
-        path = Path(path)
+        name = shown or Path(path)
         try:
-            with path.open("rb") as file:
+            with open(path, "rb") as file:
                 if os.fstat(file.fileno()).st_size == 0:
-                    raise FormatError(f"{path} is not a .clip file: it is empty")
+                    raise FormatError(f"{name} is not a .clip file: it is empty")
                 buffer = mmap(file.fileno(), 0, access=ACCESS_READ)
         except OSError as error:
-            raise ClipfsError(f"cannot open {path}: {error.strerror}") from error
-        return cls(path, buffer)
+            raise ClipfsError(f"cannot open {name}: {error.strerror}") from error
+        return cls(name, buffer)
 
     def close(self) -> None:
         """Unmap the file. Nothing else works afterwards; closing again does no harm."""
@@ -214,16 +217,17 @@ class Index:
             prefix = path + b"/" if path else b""
             pending += [(prefix + name, child) for name, child in reversed(self.entries(nid))]
 
-    def check(self) -> None:
+    def check(self, *, data: bool = True) -> None:
         """Check everything that can be checked without the image's data; FormatError at the first fault.
 
-        Reads the whole file, so it takes as long as that does, plus some microseconds an inode.
+        Reads the whole file, so it takes as long as that does, plus some microseconds an inode. data: also that of a
+        packed clip, which is verified when it is read in any case.
         """
         # Not needed to mount, so not imported before.
         from clipfs.format.check import check_extents, check_layers, check_packed, check_sections, check_tree
 
         name = str(self.path)
-        check_sections(self._buffer, self._header, name)
+        check_sections(self._buffer, self._header, name, data=data)
         if self.packed:
             check_packed(self.layers, self._header.data, name)
             if self.source == ITSELF and not self.carries_data:

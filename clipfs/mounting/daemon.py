@@ -2,8 +2,7 @@
 
 The serving process is a grandchild in a session of its own, so that it is nobody's zombie and no terminal's child. It
 tells its starter three things over a pipe, a line each: who it is, that it is ready, or why it cannot be. The starter
-believes "ready" only after the mounted root has answered. This module knows processes and no FUSE; it imports neither
-trio nor pyfuse3 before the fork.
+believes "ready" only after the mounted root has answered. This module knows processes and no FUSE.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import fcntl
 import json
 import logging
 import os
-import select
 import signal
 import sys
 import threading
@@ -23,7 +21,8 @@ from typing import IO, NoReturn
 from clipfs import errors
 from clipfs import log as logs
 from clipfs.errors import ClipfsError, MountError
-from clipfs.mounting import mountinfo
+from clipfs.mounting import kernel, mountinfo, service
+from clipfs.mounting.child import known_error
 from clipfs.mounting.options import MountOptions
 from clipfs.state import MountRecord, Process, records, remove_files
 
@@ -37,8 +36,11 @@ _START_SECONDS = 30.0
 _DEATH_SECONDS = 5.0
 
 
-def start(clip: Path, mountpoint: str, options: MountOptions) -> Process:
-    """Serve `clip` on `mountpoint` from a new process; returns when the root answers, raises what it died of."""
+def start(clip: Path, mountpoint: str, options: MountOptions, origin: int | None = None) -> Process:
+    """Serve `clip` on `mountpoint` from a new process; returns when the root answers, raises what it died of.
+
+    origin: see `service.serve`.
+    """
     if "trio" in sys.modules and sys.modules["trio"].lowlevel.in_trio_run():
         raise errors.UsageError("mount() blocks; inside of trio call it as `await trio.to_thread.run_sync(mount, …)`")
     device = os.stat(mountpoint).st_dev
@@ -46,7 +48,7 @@ def start(clip: Path, mountpoint: str, options: MountOptions) -> Process:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        _serve_and_exit(clip, mountpoint, options, writing)
+        _serve_and_exit(clip, mountpoint, options, writing, origin)
     os.close(writing)
     os.waitpid(child, 0)
     with open(reading, "rb") as messages:
@@ -64,7 +66,7 @@ def _message(messages: IO[bytes], deadline: float) -> dict[str, int]:
     """The next line from the child. Its error, if that is what it has to say, and MountError if it says nothing."""
     line = b""
     while not line.endswith(b"\n"):
-        ready, _, _ = select.select([messages], [], [], max(0, deadline - time.monotonic()))
+        ready = kernel.readable([messages.fileno()], deadline - time.monotonic())
         piece = os.read(messages.fileno(), 1) if ready else b""
         if not piece:
             what = "ended without a word" if ready else f"was not ready after {_START_SECONDS:.0f} s"
@@ -72,15 +74,9 @@ def _message(messages: IO[bytes], deadline: float) -> dict[str, int]:
         line += piece
     kind, content = json.loads(line)
     if kind == "error":
-        raise _known_error(*content)
+        raise known_error(*content)
     fields: dict[str, int] = content
     return fields
-
-
-def _known_error(name: str, sentence: str) -> ClipfsError:
-    kind = getattr(errors, name, MountError)
-    error: ClipfsError = kind(sentence)
-    return error
 
 
 def _await_root(mountpoint: str, device: int, deadline: float) -> None:
@@ -105,18 +101,19 @@ def _await_root(mountpoint: str, device: int, deadline: float) -> None:
 
 
 def _give_up(process: Process, mountpoint: str) -> None:
-    """Leave nothing of a mount that did not come up. Killing the process also frees who waits for its answers."""
-    pidfd = process.pidfd()
-    if pidfd is not None:
-        with open(pidfd, "rb", buffering=0):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            select.select([pidfd], [], [], _DEATH_SECONDS)
-    device = next((record.device for record in records() if record.process == process), "")
-    mountinfo.detach_dead(mountpoint, device)
+    """Leave nothing of a mount that did not come up. Killing its processes also frees who waits for their answers."""
+    record = next((record for record in records() if record.process == process), None)
+    for one in (process, record.worker if record is not None else None):
+        pidfd = one.pidfd() if one is not None else None
+        if pidfd is not None:
+            with open(pidfd, "rb", buffering=0):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                kernel.readable([pidfd], _DEATH_SECONDS)
+    mountinfo.detach_dead(mountpoint, record.device if record is not None else "")
     remove_files(process)
 
 
-def _serve_and_exit(clip: Path, mountpoint: str, options: MountOptions, writing: int) -> NoReturn:
+def _serve_and_exit(clip: Path, mountpoint: str, options: MountOptions, writing: int, origin: int | None) -> NoReturn:
     """What the child does. It never returns into the parent's code, whatever happens."""
     code = 1
     try:
@@ -124,12 +121,12 @@ def _serve_and_exit(clip: Path, mountpoint: str, options: MountOptions, writing:
         if os.fork() != 0:
             os._exit(0)
         # Above the standard descriptors, which are replaced; it is one of them if the parent had closed its own.
-        code = _serve(clip, mountpoint, options, fcntl.fcntl(writing, fcntl.F_DUPFD_CLOEXEC, 3))
+        code = _serve(clip, mountpoint, options, fcntl.fcntl(writing, fcntl.F_DUPFD_CLOEXEC, 3), origin)
     finally:
         os._exit(code)
 
 
-def _serve(clip: Path, mountpoint: str, options: MountOptions, writing: int) -> int:
+def _serve(clip: Path, mountpoint: str, options: MountOptions, writing: int, origin: int | None) -> int:
     def say(kind: str, content: object) -> None:
         os.write(writing, json.dumps([kind, content]).encode() + b"\n")
 
@@ -145,11 +142,8 @@ def _serve(clip: Path, mountpoint: str, options: MountOptions, writing: int) -> 
         log.info("serving %s on %s", record.clip, record.mountpoint)
 
     try:
-        _let_go_of_parent(options.log, options.log_format, keep=writing)
-        # Only now: what this imports makes loops and threads that must not be shared by a fork.
-        from clipfs.mounting.session import serve
-
-        serve(clip, mountpoint, options, on_ready)
+        _let_go_of_parent(options.log, options.log_format, {writing} if origin is None else {writing, origin})
+        service.serve(clip, mountpoint, options, on_ready, origin)
     except BaseException as error:
         if not isinstance(error, ClipfsError):
             log.error("the mount on %s has ended", mountpoint, exc_info=error)
@@ -168,7 +162,7 @@ def _told(error: BaseException) -> tuple[str, str]:
     return "MountError", f"a bug in clipfs, please report it: {type(error).__name__}: {error}"
 
 
-def _let_go_of_parent(logfile: Path | None, form: str, keep: int) -> None:
+def _let_go_of_parent(logfile: Path | None, form: str, keep: set[int]) -> None:
     """Give up what a fork hands down: directory, signal handlers, ways of logging, and every descriptor."""
     os.chdir("/")
     signal.set_wakeup_fd(-1)
@@ -187,7 +181,7 @@ def _let_go_of_parent(logfile: Path | None, form: str, keep: int) -> None:
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         if descriptor in (1, 2):
             os.dup2(out, descriptor)
-        elif descriptor not in (null, out, keep) and os.path.exists(f"/proc/self/fd/{descriptor}"):
+        elif descriptor not in {null, out, *keep} and os.path.exists(f"/proc/self/fd/{descriptor}"):
             os.dup2(null, descriptor)
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  for as long as the process lives
     logs.to_stream(sys.stderr, logging.INFO, form=form)

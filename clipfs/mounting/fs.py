@@ -23,8 +23,8 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, StatvfsData
 
+from clipfs.erofs.structs import Node
 from clipfs.errors import ClipfsError
-from clipfs.format.index import Index
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,31 @@ _REMEMBERED = 4096
 _SENTENCES = 256
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
+
+
+class Tree(Protocol):
+    """What is served; `format.index.Index` is one, and says what these do."""
+
+    @property
+    def root(self) -> int: ...
+
+    @property
+    def inodes(self) -> int: ...
+
+    @property
+    def data_size(self) -> int: ...
+
+    def inode(self, nid: int) -> Node: ...
+
+    def lookup(self, nid: int, name: bytes) -> int: ...
+
+    def entries(self, nid: int) -> list[tuple[bytes, int]]: ...
+
+    def parent(self, nid: int) -> int: ...
+
+    def readlink(self, nid: int) -> bytes: ...
+
+    def xattrs(self, nid: int) -> dict[bytes, bytes]: ...
 
 
 class Reader(Protocol):
@@ -75,17 +100,21 @@ def _answer(
 
 
 class ClipFS(pyfuse3.Operations):
-    """Serves one index. Make it, hand it to ``pyfuse3.init``, run ``pyfuse3.main``."""
+    """Serves one index. Make it, hand it to ``pyfuse3.init``, run ``pyfuse3.main``.
+
+    on_init is called when the kernel's FUSE_INIT has been read and has not been answered.
+    """
 
     supports_dot_lookup = True
     # An image's POSIX ACLs grant and deny as they would on a disk; costs nothing for the owner of a file.
     enable_acl = True
     enable_writeback_cache = False
 
-    def __init__(self, index: Index, reader: Reader) -> None:
+    def __init__(self, index: Tree, reader: Reader, on_init: Callable[[], None] = lambda: None) -> None:
         super().__init__()
         self._index = index
         self._reader = reader
+        self._on_init = on_init
         self._attributes: dict[int, EntryAttributes] = {}
         self._files: dict[int, tuple[int, int]] = {}
         self._listings: dict[int, list[tuple[bytes, int]]] = {}
@@ -94,6 +123,9 @@ class ClipFS(pyfuse3.Operations):
         self._absent = EntryAttributes()
         self._absent.st_ino = 0
         self._absent.entry_timeout = _FOR_EVER
+
+    def init(self) -> None:
+        self._on_init()
 
     # --- names and attributes
 

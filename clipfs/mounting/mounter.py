@@ -6,8 +6,8 @@ This module knows processes by their records and the kernel's mounts by their ta
 from __future__ import annotations
 
 import errno
+import json
 import os
-import select
 import signal
 import stat
 from collections.abc import Callable
@@ -18,14 +18,18 @@ from typing import Self
 from clipfs import state
 from clipfs.blocks.counters import Counters
 from clipfs.errors import MountError
-from clipfs.mounting import daemon, mountinfo
+from clipfs.mounting import daemon, kernel, mountinfo, service
 from clipfs.mounting.options import MountOptions
 from clipfs.state import MountRecord
 
 __all__ = ["Mount", "MountOptions", "gc", "mount", "mounts", "serve", "unmount"]
 
-# How long the serving process may take to end after its mount has gone: it closes connections, which are given 5 s.
+# How long the processes may take to end after their mount has gone: they close connections, which are given 5 s.
 _END_SECONDS = 10.0
+
+# A new worker has half a minute to start, the old one as long to say that it takes no more.
+_UPGRADE_SECONDS = 60.0
+_ANSWER = 1 << 12
 
 
 class Mount:
@@ -48,8 +52,17 @@ class Mount:
 
     @property
     def pid(self) -> int:
-        """The serving process."""
+        """The process that answers for it, and ends with it."""
         return self._record.process.pid
+
+    @property
+    def view(self) -> str:
+        """Who answers for names and attributes, ``kernel`` or ``fuse``."""
+        return self._record.view
+
+    def upgrade(self) -> None:
+        """See `upgrade`."""
+        _upgrade(self._record)
 
     def counters(self) -> dict[str, int]:
         """What was asked, fetched and decoded so far."""
@@ -71,14 +84,16 @@ class Mount:
         self.unmount(force=True)
 
 
-def mount(clip: Path | str, mountpoint: Path | str, options: MountOptions | None = None) -> Mount:
+def mount(
+    clip: Path | str, mountpoint: Path | str, options: MountOptions | None = None, *, origin: int | None = None
+) -> Mount:
     """Mount the file `clip` on the directory `mountpoint`; returns when its root directory answers.
 
-    A process of its own serves the mount from then on. FormatError if the clip is broken, MountError if it cannot be
-    mounted.
+    Processes of its own serve the mount from then on. FormatError if the clip is broken, MountError if it cannot be
+    mounted. origin: for who has changed the mount namespace, a descriptor of that where Python and the rest are.
     """
     path, place = _checked(clip, mountpoint)
-    process = daemon.start(path, place, options or MountOptions())
+    process = daemon.start(path, place, options or MountOptions(), origin)
     record = next((record for record in state.records() if record.process == process), None)
     if record is None:
         raise MountError(f"mounted on {place}, but it was unmounted at once")
@@ -91,12 +106,9 @@ def serve(
     options: MountOptions | None = None,
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """As `mount`, but this very process serves the mount, and the call returns when it is unmounted."""
+    """As `mount`, but this very process answers for the mount, and the call returns when it is unmounted."""
     path, place = _checked(clip, mountpoint)
-    # Late, for it brings trio and pyfuse3, which a process that calls `mount` has no use for.
-    from clipfs.mounting import session
-
-    session.serve(path, place, options or MountOptions(), lambda _: on_ready())
+    service.serve(path, place, options or MountOptions(), lambda _: on_ready())
 
 
 def _checked(clip: Path | str, mountpoint: Path | str) -> tuple[Path, str]:
@@ -122,28 +134,65 @@ def _checked(clip: Path | str, mountpoint: Path | str) -> tuple[Path, str]:
 
 def mounts() -> list[MountRecord]:
     """The mounts of this user that are being served."""
-    return [record for record in state.records() if record.device and record.process.alive]
+    return [record for record in state.records() if record.device and record.alive]
 
 
 def unmount(mountpoint: Path | str, *, force: bool = False) -> None:
     """Unmount the clipfs mount at `mountpoint` and wait for its process to end. See `Mount.unmount`."""
     place = mountinfo.canonical(mountpoint)
-    device = mountinfo.device_at(place)
-    for record in state.records():
-        if (record.mountpoint, record.device) == (place, device):
-            _end(record, force=force)
-            return
-    # Somebody else's, or its record is lost: it is still a clipfs mount, and the kernel decides who may unmount it.
+    record = _record_at(place)
+    if record is not None:
+        _end(record, force=force)
+        return
+    # Somebody else's, or its record is lost: if it is a clipfs mount, the kernel decides who may unmount it.
+    mountinfo.device_at(place)
     mountinfo.unmount(place, lazily=force)
 
 
+def upgrade(mountpoint: Path | str) -> None:
+    """Have the clipfs mount at `mountpoint` served by a new worker, of the version that is installed now.
+
+    Returns when that has taken over, unnoticed by those who read. MountError says why it has not; then the mount goes
+    on as before.
+    """
+    place = mountinfo.canonical(mountpoint)
+    record = _record_at(place)
+    if record is None:
+        raise MountError(f"there is no clipfs mount of yours on {place}")
+    _upgrade(record)
+
+
+def _record_at(place: str) -> MountRecord | None:
+    """The record of what is seen at `place`."""
+    top = mountinfo.top_at(place)
+    if top is None:
+        return None
+    found = [record for record in state.records() if (record.mountpoint, record.device) == (place, top.device)]
+    # A dead one's device number may have come back.
+    return next((record for record in found if record.alive), found[0] if found else None)
+
+
+def _upgrade(record: MountRecord) -> None:
+    pidfd = record.process.pidfd()
+    if pidfd is None:
+        raise MountError(f"what serves {record.mountpoint} has lost its supervisor, and cannot be replaced any more")
+    with open(pidfd, "rb", buffering=0), state.asking(record.process) as answer:
+        signal.pidfd_send_signal(pidfd, signal.SIGHUP)
+        ready = kernel.readable([pidfd, answer], _UPGRADE_SECONDS)
+        why = "it has ended" if pidfd in ready else "it has not answered in time"
+        if answer in ready:
+            why = json.loads(os.read(answer, _ANSWER))
+    if why:
+        raise MountError(f"{record.mountpoint} has no new worker: {why}")
+
+
 def gc() -> list[MountRecord]:
-    """Clean up after serving processes that were killed: their mounts, records and counters. Returns what was found."""
+    """Clean up after mounts whose processes were killed: their mounts, records and counters. Returns what was found."""
     found = state.records()
-    living = {(record.mountpoint, record.device) for record in found if record.process.alive}
+    living = {(record.mountpoint, record.device) for record in found if record.alive}
     cleaned = []
     for record in found:
-        if record.process.alive:
+        if record.alive:
             continue
         # A living process has the same place and number now, so the dead one's mount has gone before.
         if (record.mountpoint, record.device) in living or mountinfo.detach_dead(record.mountpoint, record.device):
@@ -155,7 +204,9 @@ def gc() -> list[MountRecord]:
 
 def _end(record: MountRecord, *, force: bool) -> None:
     """Unmount what the record tells of, and wait for its process to end; a dead one's remains are cleaned up."""
-    pidfd = record.process.pidfd()
+    # Its worker may have changed.
+    record = next((known for known in state.records() if known.process == record.process), record)
+    pidfd = record.server.pidfd() if record.server is not None else None
     if pidfd is None:
         if mountinfo.detach_dead(record.mountpoint, record.device):
             record.remove()
@@ -169,7 +220,8 @@ def _end(record: MountRecord, *, force: bool) -> None:
             mountinfo.unmount(record.mountpoint)
         elif any(other.device == record.device for other in mountinfo.entries()):
             raise MountError(f"something else is mounted on top of {record.mountpoint}; unmount that first")
-        if not select.select([pidfd], [], [], _END_SECONDS)[0]:
-            raise MountError(
-                f"{record.mountpoint} is unmounted but still in use, so process {record.process.pid} goes on serving it"
-            )
+        if not kernel.readable([pidfd], _END_SECONDS):
+            raise MountError(f"{record.mountpoint} is unmounted but still in use, so it goes on being served")
+        if force:
+            # A worker alone may not unmount.
+            mountinfo.detach_dead(record.mountpoint, record.device)

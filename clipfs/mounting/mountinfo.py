@@ -1,7 +1,7 @@
 """The kernel's table of mounts, and taking an entry out of it.
 
-This module knows that clipfs mounts are of type ``fuse.clipfs`` and nothing else about clipfs. Nothing here looks
-*into* a mount, so a dead or hung file system cannot stop it.
+This module knows that clipfs mounts are of type ``fuse.clipfs``, or EROFS of one of the indexes that `checked` keeps,
+and nothing else about clipfs. Nothing here looks *into* a mount, so a dead or hung file system cannot stop it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ FSTYPE = "fuse.clipfs"
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
 
+# An index that `checked` keeps: the boot that it was made in, and what it is.
+_CHECKED = re.compile(r"/checked/[0-9a-f-]{36}/[0-9a-f]{64}\.clip$")
+
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 
 # fusermount3 only makes a system call or two; if it takes longer than this something below it hangs.
@@ -37,6 +40,11 @@ class MountEntry(NamedTuple):
     mountpoint: str
     fstype: str
     source: str
+
+    @property
+    def ours(self) -> bool:
+        """Is it a clipfs mount, as far as can be seen? An EROFS of loop devices says nothing about them."""
+        return self.fstype == FSTYPE or (self.fstype == "erofs" and _CHECKED.search(self.source) is not None)
 
 
 def entries() -> list[MountEntry]:
@@ -77,32 +85,39 @@ def canonical(path: str | os.PathLike[str]) -> str:
 def device_at(mountpoint: str) -> str:
     """The device of the clipfs mount at `mountpoint`; MountError if there is none."""
     entry = top_at(mountpoint)
-    if entry is None or entry.fstype != FSTYPE:
+    if entry is None or not entry.ours:
         raise MountError(f"there is no clipfs mount on {mountpoint}")
     return entry.device
 
 
 def detach_dead(mountpoint: str, device: str) -> bool:
-    """Detach the clipfs mount of `device` at `mountpoint`, whose process has ended. True if it is gone, also before.
+    """Detach the clipfs mount of `device` at `mountpoint`, whose processes have ended. True if it is gone, also before.
 
-    Device numbers come back, so one more thing is asked: a file system without a process says ENOTCONN. (To statfs; its
-    cached attributes it still shows.) Device "" means that only the place is known.
+    Device numbers come back, so one more thing is asked of FUSE: a file system without a process says ENOTCONN. (To
+    statfs; its cached attributes it still shows.) EROFS does not know. Device "" means that only the place is known.
     """
     ours = [
         entry
         for entry in entries()
-        if entry.mountpoint == mountpoint and entry.fstype == FSTYPE and device in ("", entry.device)
+        if entry.mountpoint == mountpoint
+        and (entry.fstype == FSTYPE if device == "" else entry.fstype in (FSTYPE, "erofs") and entry.device == device)
     ]
     if not ours:
         return True
-    if top_at(mountpoint) not in ours:
+    top = top_at(mountpoint)
+    if top is None or top not in ours:
         return False
+    if top.fstype != FSTYPE or _without_process(mountpoint):
+        unmount(mountpoint, lazily=True)
+    return True
+
+
+def _without_process(mountpoint: str) -> bool:
     try:
         os.statvfs(mountpoint)
     except OSError as error:
-        if error.errno == errno.ENOTCONN:
-            unmount(mountpoint, lazily=True)
-    return True
+        return error.errno == errno.ENOTCONN
+    return False
 
 
 def unmount(mountpoint: str, *, lazily: bool = False) -> None:

@@ -5,9 +5,10 @@ This module knows neither FUSE nor processes. It must stay cheap to import: it i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, Self
 
 from clipfs.errors import UsageError
 
@@ -29,6 +30,9 @@ _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 class MountOptions:
     """How to mount. `source`, `authfile`, `ca` and `insecure` say where the bytes come from and how to get in.
 
+    view: who answers for names and attributes. ``kernel``: the kernel's own EROFS, and as fast; for root, on Linux
+    ≥ 6.12 (or ≥ 5.16 with loop devices). ``fuse``: this library. ``auto``: what $CLIPFS_VIEW
+    says, or the kernel where that is possible.
     allow_other: may other users look in? None means yes for root, whose mounts are meant for others, and no otherwise.
     cache: bytes of decoded data kept in memory. cache_dir: where it is kept on disk, None for this user's usual place;
     cache_size: how many bytes of it, None for a tenth of that disk, 0 for none; cache_compression: by zstd.
@@ -40,6 +44,7 @@ class MountOptions:
     name: what the table of mounts calls it, None for the path of the .clip.
     """
 
+    view: str = "auto"
     allow_other: bool | None = None
     cache: int = 64 << 20
     cache_dir: Path | None = None
@@ -59,6 +64,18 @@ class MountOptions:
     ca: Path | None = None
     insecure: bool = False
 
+    def to_json(self) -> dict[str, Any]:
+        """As values of JSON, for another process."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def of_json(cls, values: Mapping[str, Any]) -> Self:
+        """What `to_json` has made, also of an older or a newer version of this class."""
+        known = {field.name: field.type for field in fields(cls)}
+        given: dict[str, Any] = {name: value for name, value in values.items() if name in known}
+        paths = [name for name, value in given.items() if known[name] == "Path | None" and value is not None]
+        return cls(**given | {name: Path(given[name]) for name in paths})
+
 
 # Each option that means something here: the field it sets, and the value in terms of the text after '='. Those
 # without a converter take no value; of the pairs that mount(8) knows, the last one on the line wins.
@@ -76,6 +93,7 @@ _FLAGS: dict[str, tuple[str, bool]] = {
     "insecure": ("insecure", True),
 }
 _VALUES: dict[str, Callable[[str], object]] = {
+    "view": lambda text: view(text),
     "cache": lambda text: byte_count(text, "cache="),
     "cache-dir": lambda text: Path(text).absolute(),
     "cache-size": lambda text: byte_count(text, "cache-size="),
@@ -124,6 +142,13 @@ def parse(text: str, *, sloppy: bool = False) -> Parsed:
             known = ", ".join(sorted([*_FLAGS, *(f"{key}=" for key in _VALUES), "ro", "remount"]))
             raise UsageError(f"unknown mount option '{word}'; there are {known}, and those of mount(8) itself")
     return Parsed(MountOptions(**fields), remount, writable, nofail)  # type: ignore[arg-type]
+
+
+def view(text: str) -> str:
+    """``auto``, ``kernel`` or ``fuse``."""
+    if text not in ("auto", "kernel", "fuse"):
+        raise UsageError(f"view is auto, kernel or fuse, not '{text}'")
+    return text
 
 
 def compression(text: str) -> bool:

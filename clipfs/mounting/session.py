@@ -1,8 +1,8 @@
-"""Serving one mount: from an open index to the end of the FUSE session, in this process.
+"""What a worker does: it opens the index, says so, takes over the connection when told, and answers until the end.
 
-pyfuse3 keeps its session in module globals, so a process serves one mount. This module owns the session's life: the
-mount itself, signals, the record, and that all of it is gone at the end. How a process gets into the background is
-`daemon`'s affair. Imports trio and pyfuse3; whoever forks imports this afterwards.
+pyfuse3 keeps its session in module globals, so a process serves one mount once. libfuse wants to begin with the
+kernel's FUSE_INIT, which the kernel sends once, to the first of many workers: so each is shown a copy through a socket,
+in whose place the real connection is put as soon as it has been read. Imports trio and pyfuse3.
 """
 
 from __future__ import annotations
@@ -10,30 +10,29 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pyfuse3
 import trio
 
 from clipfs import state
-from clipfs.aside import written_aside
 from clipfs.blocks import trace
 from clipfs.blocks.counters import Counters
 from clipfs.blocks.disk import DiskCache
 from clipfs.blocks.journal import Journal
 from clipfs.blocks.reader import BlockReader, Tiers
-from clipfs.errors import ClipfsError, MountError
+from clipfs.errors import ClipfsError
 from clipfs.format.index import Index
 from clipfs.log import Listener
-from clipfs.mounting import loop, mountinfo
+from clipfs.mounting import loop
+from clipfs.mounting.control import Channel, Job
+from clipfs.mounting.dataspace import DataSpace
 from clipfs.mounting.fs import ClipFS
 from clipfs.mounting.options import MountOptions
 from clipfs.sources.fetcher import SourceOptions
 from clipfs.sources.packed import fetcher_for
-from clipfs.state import MountRecord, Process
 
 log = logging.getLogger(__name__)
 
@@ -44,61 +43,92 @@ _AHEAD_AT_ONCE = 8
 _TASKS = 1000
 
 
-def serve(clip: Path, mountpoint: str, options: MountOptions, on_ready: Callable[[MountRecord], None]) -> None:
-    """Mount `clip` on the directory `mountpoint` (as `mountinfo.canonical` spells it) and serve it until the end.
-
-    The end comes when somebody unmounts it, or with SIGTERM or SIGINT, which unmount it whoever uses it. `on_ready` is
-    called when the mount is there and its requests are about to be answered. No network is used before a read needs it.
-    """
-    with Index.open(clip) as index:
-        source = options.source or index.source
-        record = MountRecord(Process.current(), mountpoint, str(clip), source, device="")
-        # First the record, then what it tells of: whatever moment we are killed at, `gc` finds the rest.
-        record.save()
-        try:
-            trio.run(_serve, index, record, options, on_ready)
-        finally:
-            record.remove()
+def serve(job: Job, channel: Channel) -> None:
+    """Answer the requests of a mount until it is unmounted, or the supervisor or SIGTERM says that it is enough."""
+    with Index.open(f"/proc/self/fd/{job.index}", shown=Path(job.path)) as index:
+        trio.run(_Session(job, channel, index).serve)
 
 
-async def _serve(
-    index: Index, record: MountRecord, options: MountOptions, on_ready: Callable[[MountRecord], None]
-) -> None:
-    access = SourceOptions(name=record.source, insecure=options.insecure, authfile=options.authfile, ca=options.ca)
-    fetcher = fetcher_for(index, access)
-    reader = BlockReader(
-        index,
-        fetcher,
-        counters=Counters.create(record.counters),
-        tiers=Tiers(options.cache, _disk_cache(options)),
-        journal=Journal(record.journal),
-    )
-    planned = _planned(index, options)
-    # A terminal that goes away is no reason to take a file system from under its users.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals, _observed(index, record, reader, options):
-        _open_session(ClipFS(index, reader), record.mountpoint, _fuse_options(options.name or record.clip, options))
-        unmounted = False
-        try:
-            record = replace(record, device=mountinfo.device_at(record.mountpoint))
-            record.save()
-            on_ready(record)
-            async with fetcher, reader, trio.open_nursery() as nursery:
-                nursery.start_soon(_cancel_on_signal, signals, nursery.cancel_scope)
-                nursery.start_soon(reader.prefetch, planned, options.prefetch, _AHEAD_AT_ONCE)
-                loop.install()
-                await pyfuse3.main(max_tasks=_TASKS)
-                # It returns when the kernel has ended the session. From here on the mountpoint may be somebody else's.
-                unmounted = True
-                nursery.cancel_scope.cancel()
-        finally:
-            # Closing aborts the connection, so that unmounting cannot wait for answers that we no longer give.
-            pyfuse3.close(unmount=False)
-            _save_trace(index, reader)
-            if options.report is not None:
-                _save_report(index, record, reader.counters, options.report)
-            if not unmounted:
-                mountinfo.detach_dead(record.mountpoint, record.device)
+class _Session:
+    def __init__(self, job: Job, channel: Channel, index: Index) -> None:
+        self._job, self._channel, self._index = job, channel, index
+        self._begin = trio.Event()
+        self._supervised = True
+
+    async def serve(self) -> None:
+        job, index, options = self._job, self._index, self._job.options
+        access = SourceOptions(name=job.source, insecure=options.insecure, authfile=options.authfile, ca=options.ca)
+        fetcher = fetcher_for(index, access)
+        reader = BlockReader(
+            index,
+            fetcher,
+            counters=Counters.create(Path(f"/proc/self/fd/{job.counters}")),
+            tiers=Tiers(options.cache, _disk_cache(options)),
+            journal=Journal(Path(f"/proc/self/fd/{job.journal}"), began=job.began),
+        )
+        planned = _planned(index, options)
+        introduced, shown = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        place = shown.detach()
+
+        def on_init() -> None:
+            os.dup2(job.fuse, place, inheritable=False)
+            self._channel.say("ready")
+
+        tree = index if job.view == "fuse" else DataSpace(index)
+        pyfuse3.init(ClipFS(tree, reader, on_init), f"/dev/fd/{place}", {f"fsname={place}"})
+        loop.install()
+        with (
+            trio.open_signal_receiver(signal.SIGTERM) as signals,
+            Listener(reader.journal.said, reader.counters.retried),
+        ):
+            try:
+                async with fetcher, reader, trio.open_nursery() as nursery:
+                    nursery.start_soon(self._listen, nursery.cancel_scope)
+                    nursery.start_soon(_cancel_on_signal, signals, nursery.cancel_scope)
+                    self._channel.say("waiting")
+                    await self._begin.wait()
+                    with introduced:
+                        introduced.send(self._init)
+                    nursery.start_soon(reader.prefetch, planned, options.prefetch, _AHEAD_AT_ONCE)
+                    await pyfuse3.main(max_tasks=_TASKS)
+                    # It returns when the kernel has ended the session, or somebody else goes on with it.
+                    nursery.cancel_scope.cancel()
+            finally:
+                pyfuse3.close(unmount=False)
+                _save_trace(index, reader)
+                if not self._supervised:
+                    state.remove_files(job.process)
+
+    async def _listen(self, scope: trio.CancelScope) -> None:
+        """Do what the supervisor says. Without one there is nobody to end us but SIGTERM and the unmount."""
+        while True:
+            await trio.lowlevel.wait_readable(self._channel)
+            message = self._channel.hear()
+            if message is None:
+                break
+            match message["say"]:
+                case "begin":
+                    self._init = bytes.fromhex(message["init"])
+                    self._begin.set()
+                case "ping":
+                    self._channel.say("pong")
+                case "leave":
+                    await self._leave()
+                case "end":
+                    scope.cancel()
+        if not self._begin.is_set():
+            scope.cancel()
+            return
+        self._supervised = False
+        log.warning("the supervisor has died; process %d serves %s without one", os.getpid(), self._job.path)
+
+    async def _leave(self) -> None:
+        """Take no more requests, so that another worker can. What was taken is still answered; then `main` returns."""
+        pyfuse3.terminate()
+        # A task that had been told of a request, and has not taken it, does so now.
+        for _ in range(2):
+            await trio.lowlevel.checkpoint()
+        self._channel.say("left")
 
 
 def _disk_cache(options: MountOptions) -> DiskCache | None:
@@ -138,33 +168,6 @@ def _save_trace(index: Index, reader: BlockReader) -> None:
         log.warning("cannot keep the trace of this run: %s", error)
 
 
-@contextmanager
-def _observed(index: Index, record: MountRecord, reader: BlockReader, options: MountOptions) -> Iterator[None]:
-    """While the mount is served: what is logged goes into the journal too, and who wants to may read the counters."""
-    with ExitStack() as stack:
-        stack.enter_context(Listener(reader.journal.said, reader.counters.retried))
-        if options.metrics is not None:
-            # Late, for few ask for it.
-            from clipfs.reports import metrics
-
-            image_bytes = sum(layer.size for layer in index.layers)
-            labels = {"mountpoint": record.mountpoint, "clip": record.clip, "source": record.source}
-            stack.enter_context(metrics.served(options.metrics, reader.counters.asdict, image_bytes, labels))
-        yield
-
-
-def _save_report(index: Index, record: MountRecord, counters: Counters, path: Path) -> None:
-    # Late, for few ask for it.
-    from clipfs.reports import reporter
-
-    try:
-        report = reporter.of_mount(index, record, counters.asdict(), serving=False)
-        with written_aside(path) as aside:
-            aside.write_text(report.to_json())
-    except (ClipfsError, OSError) as error:
-        log.warning("cannot write the report %s: %s", path, error)
-
-
 def _trace_path(index: Index) -> Path:
     return state.cache_dir() / "traces" / f"{index.spans_digest}.trace"
 
@@ -172,39 +175,3 @@ def _trace_path(index: Index) -> Path:
 async def _cancel_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
     async for _ in signals:
         scope.cancel()
-
-
-def _open_session(ops: ClipFS, mountpoint: str, options: set[str]) -> None:
-    """Open /dev/fuse and mount it. libfuse says why it failed on stderr only, which becomes the MountError."""
-    with _stderr_captured() as words:
-        try:
-            pyfuse3.init(ops, mountpoint, options)
-        except RuntimeError as error:
-            why = words().removeprefix("fusermount3: ").removeprefix("fuse: ") or str(error)
-            raise MountError(f"cannot mount on {mountpoint}: {why}") from None
-
-
-def _fuse_options(name: str, options: MountOptions) -> set[str]:
-    # Commas and backslashes mean something in a list of options, and pyfuse3 wants ASCII.
-    fsname = name.encode("ascii", "replace").decode().replace("\\", "\\\\").replace(",", "\\,")
-    chosen = {"ro", "default_permissions", f"fsname={fsname}", "subtype=clipfs"}
-    chosen.add("suid" if options.suid else "nosuid")
-    chosen.add("dev" if options.dev else "nodev")
-    if options.noexec:
-        chosen.add("noexec")
-    if options.allow_other or (options.allow_other is None and os.geteuid() == 0):
-        chosen.add("allow_other")
-    return chosen
-
-
-@contextmanager
-def _stderr_captured() -> Iterator[Callable[[], str]]:
-    """Standard error, of C code and child processes too, kept instead of shown; yields what tells it, in one line."""
-    kept, saved = os.memfd_create("stderr"), os.dup(2)
-    os.dup2(kept, 2)
-    try:
-        yield lambda: " ".join(os.pread(kept, 4096, 0).decode(errors="replace").split())
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(kept)

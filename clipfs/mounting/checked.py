@@ -1,0 +1,140 @@
+"""Private copies of indexes that have passed every check: what a mount is made of.
+
+A ``.clip`` may come from a stranger, who may change or truncate it while it is mounted; a process that has it mapped
+would die of that (SIGBUS), and the kernel, which reads it with all rights, must never see bytes that nobody has
+checked. So a mount uses a copy that only its user can write to. A copy is made once and named by the SHA-256 of the
+clip's header, which has the SHA-256 of all else: finding it again costs one read of the clip, whatever its size.
+
+Copies of another boot are not believed, for nothing makes sure that they have reached the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from clipfs import state
+from clipfs.erofs.structs import SUPERBLOCK_OFFSET
+from clipfs.errors import ClipfsError
+from clipfs.format.container import Header
+from clipfs.format.index import Index
+
+log = logging.getLogger(__name__)
+
+# Bytes of copies that are kept for the next mount. One that is removed while it is mounted stays until the unmount.
+_KEPT = 1 << 30
+
+_PIECE = 1 << 20
+
+
+@contextmanager
+def checked(clip: Path) -> Iterator[tuple[int, str]]:
+    """A copy of the index in `clip`, without the data of a packed one: an open descriptor, and a path to it.
+
+    FormatError with the first fault of a clip that is damaged, ClipfsError if it cannot be read.
+    """
+    try:
+        with clip.open("rb") as file:
+            beginning = file.read(SUPERBLOCK_OFFSET)
+            size = os.fstat(file.fileno()).st_size
+            data = Header.parse(beginning, str(clip), size).data
+            name = f"{hashlib.sha256(beginning).hexdigest()}.clip"
+            descriptor, path = _kept(name) or _made(file.fileno(), data.offset if data else size, size, clip, name)
+    except OSError as error:
+        raise ClipfsError(f"cannot open {clip}: {error.strerror}") from error
+    try:
+        yield descriptor, path
+    finally:
+        os.close(descriptor)
+
+
+def _kept(name: str) -> tuple[int, str] | None:
+    """The copy that an earlier mount has made."""
+    try:
+        path = _directory() / name
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except (OSError, ClipfsError):
+        return None
+    with suppress(OSError):
+        os.utime(descriptor)
+    return descriptor, str(path)
+
+
+def _made(source: int, length: int, size: int, clip: Path, name: str) -> tuple[int, str]:
+    """A new copy: on disk, or in memory if that has no place for it."""
+    try:
+        directory = _directory()
+        _trim(directory, _KEPT - length)
+        descriptor, aside = tempfile.mkstemp(prefix=".", dir=directory)
+    except (OSError, ClipfsError) as error:
+        log.warning("the index of %s is kept in memory only: %s", clip, error)
+        return _in_memory(source, length, size, clip)
+    path = directory / name
+    try:
+        _copy(source, descriptor, length, size)
+        _check(descriptor, clip)
+        os.rename(aside, path)
+    except BaseException as error:
+        os.close(descriptor)
+        with suppress(OSError):
+            os.unlink(aside)
+        if isinstance(error, OSError):
+            log.warning("the index of %s is kept in memory only: %s", clip, error.strerror)
+            return _in_memory(source, length, size, clip)
+        raise
+    return descriptor, str(path)
+
+
+def _in_memory(source: int, length: int, size: int, clip: Path) -> tuple[int, str]:
+    descriptor = os.memfd_create("clip", os.MFD_CLOEXEC)
+    try:
+        _copy(source, descriptor, length, size)
+        _check(descriptor, clip)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor, f"/proc/self/fd/{descriptor}"
+
+
+def _copy(source: int, target: int, length: int, size: int) -> None:
+    """The first `length` bytes; the rest of `size` is a hole. Whatever happens to the source, this only reads."""
+    at = 0
+    while at < length:
+        sent = os.sendfile(target, source, at, min(_PIECE, length - at))
+        if not sent:
+            break  # cut off meanwhile: the check will say so
+        at += sent
+    os.truncate(target, size)
+
+
+def _check(descriptor: int, clip: Path) -> None:
+    with Index.open(Path(f"/proc/self/fd/{descriptor}"), shown=clip) as index:
+        index.check(data=False)
+
+
+def _trim(directory: Path, limit: int) -> None:
+    """Remove the copies that were used longest ago until the others have at most `limit` bytes."""
+    total = 0
+    known = [(entry.stat(), entry.path) for entry in os.scandir(directory)]
+    for found, path in sorted(known, key=lambda each: each[0].st_mtime_ns, reverse=True):
+        total += found.st_blocks * 512
+        if total > limit:
+            with suppress(OSError):
+                os.unlink(path)
+
+
+def _directory() -> Path:
+    """Where the copies of this boot are; those of others are removed."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    parent = state.private(state.cache_dir() / "checked")
+    directory = parent / boot
+    if not directory.is_dir():
+        for other in os.scandir(parent):
+            shutil.rmtree(other.path, ignore_errors=True)
+    return state.private(directory)

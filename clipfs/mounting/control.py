@@ -1,0 +1,102 @@
+"""What a supervisor and its workers say to each other: messages of JSON over a socket that keeps them apart.
+
+A supervisor says ``begin`` (with the kernel's FUSE_INIT), ``ping``, ``leave`` (another worker goes on) and ``end``. A
+worker says ``waiting`` (for ``begin``), ``ready``, ``pong``, ``left`` (it takes no more requests, and ends when it has
+answered those that it has), and ``failed``. The two may be of different versions, after an upgrade: what one does not
+know, it ignores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from clipfs.mounting.options import MountOptions
+from clipfs.state import Process
+
+# A job is some KB; the kernel lets 200 KB through.
+_LARGEST = 1 << 18
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What a worker works on. The numbers are descriptors that it inherits.
+
+    fuse: the connection. index: a checked copy of the index. clip: the file itself, for the data in a packed one.
+    counters, journal: the files of `state.MountRecord`, which are named after `process`. path: what the clip is called.
+    source: where its data is. began: when the mount did, by the monotonic clock. level: of
+    logging. oom: what the worker's oom_score_adj is to be, None if that of the supervisor was not changed.
+    """
+
+    fuse: int
+    index: int
+    clip: int
+    counters: int
+    journal: int
+    view: str
+    path: str
+    source: str
+    process: Process
+    began: float
+    level: int
+    oom: int | None
+    options: MountOptions
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        return self.fuse, self.index, self.clip, self.counters, self.journal
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "options": self.options.to_json()}
+
+    @classmethod
+    def of_json(cls, values: Mapping[str, Any]) -> Self:
+        known = {field.name for field in fields(cls)}
+        given = {name: value for name, value in values.items() if name in known}
+        given["options"] = MountOptions.of_json(values["options"])
+        given["process"] = Process(**values["process"])
+        return cls(**given)
+
+
+class Channel:
+    """One end of the socket between the two."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+
+    @classmethod
+    def pair(cls) -> tuple[Self, socket.socket]:
+        """Ours, and the other end for a process that inherits it."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return cls(ours), theirs
+
+    @classmethod
+    def inherited(cls, descriptor: int) -> Self:
+        return cls(socket.socket(fileno=descriptor))
+
+    def fileno(self) -> int:
+        return self._end.fileno()
+
+    def close(self) -> None:
+        self._end.close()
+
+    def say(self, what: str, **fields: Any) -> None:
+        """Nobody may be there any more to hear it: whoever waits for an answer will notice.
+
+        A worker that does not listen for hours fills the socket; then it is not told any more, and missed in time.
+        """
+        with contextlib.suppress(OSError):
+            self._end.send(json.dumps({"say": what, **fields}).encode(), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+
+    def hear(self) -> dict[str, Any] | None:
+        """The next message, waiting for it. None if the other one is gone."""
+        try:
+            message = self._end.recv(_LARGEST)
+        except ConnectionError:
+            return None
+        heard: dict[str, Any] | None = json.loads(message) if message else None
+        return heard

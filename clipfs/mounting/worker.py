@@ -1,0 +1,81 @@
+"""A worker: the process that answers the requests of one mount, until the mount, its supervisor or its work ends.
+
+``python -m clipfs.mounting.worker N``: N is its end of the `control` socket, where its job comes from. It begins as a
+new program, so that it is of whatever version is installed by then, and gives up every right that it has no use for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import resource
+import signal
+import struct
+import sys
+from pathlib import Path
+
+from clipfs import log as logs
+from clipfs.errors import ClipfsError
+from clipfs.mounting.control import Channel, Job
+
+log = logging.getLogger(__name__)
+
+_NO_NEW_PRIVS = 38  # linux/prctl.h
+
+# linux/capability.h. An image may be in the files of any user, and a log or a trace may have to go to them.
+_DAC_OVERRIDE, _DAC_READ_SEARCH = 1, 2
+_CAPABILITY_VERSION = 0x20080522
+
+
+def main() -> int:
+    """Do what comes over the socket; 0 when there is nothing more to do."""
+    channel = Channel.inherited(int(sys.argv[1]))
+    message = channel.hear()
+    if message is None:
+        return 0
+    job = Job.of_json(message["job"])
+    logs.to_stream(sys.stderr, job.level, form=job.options.log_format)
+    # Whoever ends a terminal or types Ctrl-C means the supervisor, who will tell.
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
+    _restrict(job.oom)
+    try:
+        # Late: an error in what it brings is told, too.
+        from clipfs.mounting.session import serve
+
+        serve(job, channel)
+    except BaseException as error:
+        if not isinstance(error, ClipfsError):
+            log.error("a worker of the mount of %s has ended", job.path, exc_info=error)
+        channel.say("failed", kind=type(error).__name__, sentence=told(error))
+        return 1
+    return 0
+
+
+def told(error: BaseException) -> str:
+    """The error as a sentence."""
+    if isinstance(error, ClipfsError | OSError):
+        return str(error)
+    return f"a bug in clipfs, please report it: {type(error).__name__}: {error}"
+
+
+def _restrict(oom: int | None) -> None:
+    """Give up what is not needed: new privileges, capabilities, core dumps, and the supervisor's safety from OOM."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if oom is not None:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text(str(oom))
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if os.geteuid() == 0:
+        kept = 1 << _DAC_OVERRIDE | 1 << _DAC_READ_SEARCH
+        # Effective, permitted, inheritable: the first 32 of each, then the others.
+        header = struct.pack("<Ii", _CAPABILITY_VERSION, 0)
+        if libc.capset(header, struct.pack("<6I", kept, kept, 0, 0, 0, 0)) != 0:
+            log.warning("cannot give up capabilities: %s", os.strerror(ctypes.get_errno()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
