@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from clipfs.format.index import Index
-    from clipfs.mounting.mounter import Mount, MountOptions, gc, mount, mounts, unmount
+    from clipfs.mounting.mounter import Mount, MountOptions, gc, mount, mounts, unmount, upgrade
     from clipfs.oci import Digest, ImageConfig, Manifest, Platform, Reference
 
 _HOME = {
@@ -62,6 +62,7 @@ _HOME = {
     "mounts": "mounting.mounter",
     "pack": "building.packer",
     "unmount": "mounting.mounter",
+    "upgrade": "mounting.mounter",
 }
 
 __all__ = [
@@ -91,6 +92,7 @@ __all__ = [
     "mounts",
     "pack",
     "unmount",
+    "upgrade",
 ]
 
 

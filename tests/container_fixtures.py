@@ -15,6 +15,7 @@ import clipfs
 from tests.conftest import require_programs, require_root
 from tests.containers import Box, Cli, busybox_root, clean_base, read_only
 from tests.images import LayoutBuilder
+from tests.mounts import in_view
 
 
 @pytest.fixture(scope="session")
@@ -48,10 +49,17 @@ def v1(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def v2(tree_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A lower of the new kind: a ClipFS."""
-    with clipfs.mount(tree_clip, tmp_path_factory.mktemp("v2")) as mounted:
-        yield mounted.mountpoint
+def v2_kernel(tree_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A lower of the new kind, in the kernel's view."""
+    with in_view("kernel", tree_clip, tmp_path_factory.mktemp("v2")) as root:
+        yield root
+
+
+@pytest.fixture(scope="module")
+def v2_fuse(tree_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A lower of the new kind, by FUSE."""
+    with in_view("fuse", tree_clip, tmp_path_factory.mktemp("v2")) as root:
+        yield root
 
 
 @pytest.fixture

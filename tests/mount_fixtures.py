@@ -13,8 +13,7 @@ import pytest
 
 import clipfs
 from clipfs.mounting import mountinfo
-from tests.conftest import require
-from tests.mounts import erofs, files, kill, settled, small_image
+from tests.mounts import VIEWS, files, kill, require_view, settled, small_image
 
 
 @pytest.fixture(scope="session")
@@ -39,12 +38,11 @@ def public() -> Iterator[Path]:
         yield Path(directory)
 
 
-@pytest.fixture(params=("kernel", "fuse"))
+@pytest.fixture(params=VIEWS)
 def view(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each of the two views, for all mounts of a test."""
     chosen: str = request.param
-    if chosen == "kernel":
-        require(erofs(), "EROFS of files (Linux 6.12)")
+    require_view(chosen)
     monkeypatch.setenv("CLIPFS_VIEW", chosen)
     return chosen
 

@@ -11,11 +11,13 @@ import select
 import signal
 import stat
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import clipfs
 from clipfs import state
 from clipfs.mounting import kernel, mountinfo
+from tests.conftest import require, require_root
 from tests.images import LayoutBuilder
 from tests.tars import Tar
 
@@ -24,6 +26,9 @@ BIG = b"".join(b"%09d\n" % number for number in range(60_000))
 
 # What a file says whose mount has gone: FUSE and EROFS.
 GONE = "not connected|Input/output"
+
+# Who answers for names; every test of what a mount shows is about both.
+VIEWS = ("kernel", "fuse")
 
 # Any wait of these tests; what they wait for takes milliseconds.
 SECONDS = 20
@@ -85,6 +90,21 @@ def erofs() -> bool:
     except OSError:
         return False
     return os.geteuid() == 0
+
+
+def require_view(view: str) -> None:
+    """Skip a test of the kernel view where that is not possible; in CI, fail."""
+    require_root()
+    require(view != "kernel" or erofs(), "EROFS of files (Linux 6.12)")
+
+
+@contextlib.contextmanager
+def in_view(view: str, clip: Path, mountpoint: Path) -> Iterator[Path]:
+    """A mount in this view; its root."""
+    require_view(view)
+    with clipfs.mount(clip, mountpoint, clipfs.MountOptions(view=view)) as mounted:
+        assert mounted.view == view
+        yield mounted.mountpoint
 
 
 def settled() -> list[state.MountRecord]:

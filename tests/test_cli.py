@@ -14,7 +14,7 @@ import pytest
 import clipfs
 from clipfs.cli.main import main
 from tests.conftest import require_root
-from tests.mounts import BIG, SECONDS, ended
+from tests.mounts import BIG, SECONDS, ended, kill, record_of
 
 pytest_plugins = ["tests.mount_fixtures"]
 
@@ -258,8 +258,7 @@ class TestMount:
     def test_gc_says_what_it_removed(self, clip: Path, mountpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
         require_root()
         mounted = clipfs.mount(clip, mountpoint)
-        os.kill(mounted.pid, signal.SIGKILL)
-        assert ended(mounted.pid)
+        kill(record_of(mounted))
         assert main(["gc"]) == 0
         assert f"removed mount {mountpoint}" in capsys.readouterr().err
         assert not os.path.ismount(mountpoint)

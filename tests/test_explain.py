@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +16,7 @@ from clipfs.cli.main import main
 from clipfs.reports.report import parse
 from tests.conftest import require_root
 from tests.images import LayoutBuilder
-from tests.mounts import BIG, SECONDS, ended
+from tests.mounts import BIG, SECONDS, kill, record_of
 from tests.tars import Tar
 
 pytest_plugins = ["tests.mount_fixtures"]
@@ -75,8 +73,7 @@ class TestMount:
         mounted = clipfs.mount(clip, mountpoint)
         try:
             (mountpoint / "hello").read_bytes()
-            os.kill(mounted.pid, signal.SIGKILL)
-            assert ended(mounted.pid)
+            kill(record_of(mounted))
             facts = explained(capsys, mountpoint)
         finally:
             mounted.unmount(force=True)

@@ -104,9 +104,10 @@ async def opened(fs: ClipFS, *names: bytes) -> int:
     return (await fs.open(entry.st_ino, os.O_RDONLY, NOBODY)).fh
 
 
-async def test_the_root_is_inode_one_and_every_attribute_is_the_index_s(fs: ClipFS) -> None:
+async def test_the_root_is_asked_for_as_one_and_every_attribute_is_the_index_s(fs: ClipFS, index: Index) -> None:
     root = await fs.getattr(pyfuse3.ROOT_INODE, NOBODY)
-    assert (root.st_ino, root.st_mode, root.st_nlink) == (1, stat.S_IFDIR | 0o755, 4)
+    assert (root.st_ino, root.st_mode, root.st_nlink) == (index.root, stat.S_IFDIR | 0o755, 4)
+    assert (await fs.lookup(pyfuse3.ROOT_INODE, b"..", NOBODY)).st_ino == pyfuse3.ROOT_INODE
     file = await find(fs, b"file")
     assert (file.st_mode, file.st_uid, file.st_gid) == (stat.S_IFREG | 0o4755, 1000, 2**31)
     assert (file.st_size, file.st_blocks, file.st_nlink) == (len(CONTENT), -(-len(CONTENT) // 512), 2)
@@ -155,7 +156,9 @@ async def test_statfs_is_a_full_file_system(fs: ClipFS, index: Index) -> None:
     assert (data.f_files, data.f_ffree, data.f_namemax) == (index.inodes, 0, 255)
 
 
-async def test_a_listing_read_in_pieces_has_each_name_once(fs: ClipFS, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_listing_read_in_pieces_has_each_name_once(
+    fs: ClipFS, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[bytes, int, int]] = []
     room = 0
 
@@ -177,7 +180,7 @@ async def test_a_listing_read_in_pieces_has_each_name_once(fs: ClipFS, monkeypat
     names = [name for name, _, _ in seen]
     assert names == [b".", b"..", *(b"%05d" % number for number in range(1000))]
     assert seen[0][1] == many.st_ino
-    assert seen[1][1] == pyfuse3.ROOT_INODE
+    assert seen[1][1] == index.root
     # An offset stays good after the listing was given up, as when two processes list the same directory.
     await fs.releasedir(handle)
     middle, room = seen[500], 1

@@ -12,7 +12,8 @@ import pyfuse3
 import pytest
 import trio
 
-from clipfs.mounting import loop
+import clipfs
+from clipfs.mounting import child, loop
 from tests.conftest import require_root
 
 pytest_plugins = ["tests.mount_fixtures"]
@@ -100,32 +101,30 @@ def test_another_pyfuse3_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("runtime")
-def test_a_mount_uses_it(clip: Path, mountpoint: Path) -> None:
+def test_a_mount_uses_it(clip: Path, mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And it asks for no more of trio than what was looked at: a new pyfuse3 that does is looked at again."""
     require_root()
     program = """
-import sys, threading, os, pyfuse3
+import atexit, pyfuse3
 from clipfs.mounting import loop
-from clipfs.mounting import mounter
-from clipfs.mounting import options
-asked, plain = set(), loop._Trio.__getattr__
+asked = set()
 class Recording(loop._Trio):
     def __getattribute__(self, name):
         asked.add(name)
         return super().__getattribute__(name)
 loop._Trio = Recording
-def use():
-    for name in range(2000):
-        try: os.stat(f"{sys.argv[2]}/{name}")
-        except FileNotFoundError: pass
-    os.system("umount '%s'" % sys.argv[2].replace("'", "'\\\\''"))
-mounter.serve(sys.argv[1], sys.argv[2], options.MountOptions(), lambda: threading.Thread(target=use).start())
-print(*sorted(name for name in asked if not name.startswith("__")), pyfuse3.trio.lowlevel._turns)
+@atexit.register
+def tell():
+    with open({out!r}, "w") as out:
+        print(*sorted(name for name in asked if not name.startswith("__")), pyfuse3.trio.lowlevel._turns, file=out)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program, clip, mountpoint], capture_output=True, text=True, timeout=SECONDS, check=True
-    )
-    *asked, turns = done.stdout.split()
+    told = tmp_path / "asked"
+    monkeypatch.setattr(child, "PROGRAM", "tests.patched_worker")
+    monkeypatch.setenv("CLIPFS_TEST_PATCH", program.format(out=str(told)))
+    with clipfs.mount(clip, mountpoint, clipfs.MountOptions(view="fuse")):
+        for name in range(2000):
+            assert not (mountpoint / str(name)).exists()
+    *asked, turns = told.read_text().split()
     assert set(asked) <= {"Lock", "lowlevel", "open_nursery", "ClosedResourceError", "from_thread", "WouldBlock"}
     assert {"Lock", "lowlevel"} <= set(asked)
     assert int(turns) >= 2000
@@ -135,9 +134,7 @@ print(*sorted(name for name in asked if not name.startswith("__")), pyfuse3.trio
 def test_the_loop_stays_awake_under_load(clip: Path, mountpoint: Path) -> None:
     """Signals are taken and reads are answered while somebody asks without a pause."""
     require_root()
-    import clipfs
-
-    with clipfs.mount(clip, mountpoint) as mounted:
+    with clipfs.mount(clip, mountpoint, clipfs.MountOptions(view="fuse")) as mounted:
         program = "import os, sys\ni = 0\nwhile True:\n  i += 1\n  os.path.exists(f'{sys.argv[1]}/{i}')"
         storm = subprocess.Popen([sys.executable, "-c", program, mountpoint])
         try:

@@ -10,8 +10,6 @@ import gzip
 import json
 import os
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ from tests.conftest import require_programs, require_root
 from tests.disputed import PLAIN, TAR
 from tests.images import Compression, LayoutBuilder
 from tests.judges import CASES, COMPRESSIONS, UMOCI_READS, by_umoci, expected, layers, write
+from tests.mounts import VIEWS, require_view
 from tests.oracle import Picture, differences, picture
 
 SECONDS = 60
@@ -33,9 +32,11 @@ def _able() -> None:
     require_programs("umoci", "tar", "pigz", "fsck.erofs", "dump.erofs")
 
 
-@contextmanager
-def mounted(image: str, directory: Path) -> Iterator[Path]:
-    """The image, indexed and mounted in the new `directory`; the index is sound, and the judges of EROFS agree."""
+def check(image: str, directory: Path, right: Picture) -> None:
+    """Index and mount the image in the new `directory`, in each view; each is `right` in all that can be asked.
+
+    The index is sound, and the judges of EROFS agree.
+    """
     clip, mountpoint = directory / "x.clip", directory / "mnt"
     mountpoint.mkdir(parents=True)
     clipfs.build(image, clip)
@@ -43,8 +44,11 @@ def mounted(image: str, directory: Path) -> Iterator[Path]:
         index.check()
     erofs(clip, "fsck.erofs")
     assert "magic number" in erofs(clip, "dump.erofs", "-s")
-    with clipfs.mount(clip, mountpoint, clipfs.MountOptions(cache_size=0, prefetch="none")):
-        yield mountpoint
+    for view in VIEWS:
+        require_view(view)
+        with clipfs.mount(clip, mountpoint, clipfs.MountOptions(cache_size=0, prefetch="none", view=view)) as mounted:
+            assert mounted.view == view
+            assert differences(picture(mountpoint), right) == [], view
 
 
 def erofs(clip: Path, *command: str) -> str:
@@ -67,8 +71,7 @@ def test_a_mount_is_what_its_judge_unpacks(name: str, tmp_path: Path) -> None:
     assert len(right["gzip"]) > 1
     for compression in COMPRESSIONS:
         image = write(layers(name), tmp_path / "oci", compression)
-        with mounted(image, tmp_path / compression) as top:
-            assert differences(picture(top), right.get(compression, right["gzip"])) == [], compression
+        check(image, tmp_path / compression, right.get(compression, right["gzip"]))
 
 
 @pytest.mark.parametrize("name", [*TAR, *PLAIN])
@@ -121,9 +124,8 @@ def test_the_demo_image_is_what_umoci_unpacks(
 ) -> None:
     """The image itself is gzipped; in the others its layers are compressed anew."""
     image = demo_image if compression == "gzip" else recompressed(demo_image, tmp_path / "oci", compression)
-    with mounted(image, tmp_path / "here") as top:
-        assert len(demo_picture) > 4000
-        assert differences(picture(top), demo_picture) == []
+    assert len(demo_picture) > 4000
+    check(image, tmp_path / "here", demo_picture)
 
 
 def recompressed(image: str, directory: Path, compression: Compression) -> str:
@@ -221,8 +223,6 @@ def change_more(top: Path) -> None:
 
 
 def check_as_made(image: str, directory: Path, *, layers: int) -> None:
-    right = picture(by_umoci(image, directory / "judged"))
-    with mounted(image, directory / "here") as top:
-        assert differences(picture(top), right) == []
+    check(image, directory / "here", picture(by_umoci(image, directory / "judged")))
     with clipfs.Index.open(directory / "here" / "x.clip") as index:
         assert len(index.layers) == layers

@@ -21,6 +21,7 @@ from assembler import RunError, Volume
 from assembler.runner import Archive
 from tests.containers import CONFIG, SECONDS, Box, busybox_root, leftovers
 from tests.images import LayoutBuilder
+from tests.mounts import VIEWS, in_view
 from tests.tars import Tar
 
 pytest_plugins = ["tests.container_fixtures"]
@@ -28,9 +29,9 @@ pytest_plugins = ["tests.container_fixtures"]
 SIX = "755 /dev\n555 /proc\n555 /sys\n1777 /tmp\n755 /volumes\n755 /workspace\n"
 
 
-@pytest.fixture(scope="module", params=["v1", "v2"])
+@pytest.fixture(scope="module", params=["v1", "v2_kernel", "v2_fuse"])
 def lower(request: pytest.FixtureRequest) -> Path:
-    """Both kinds of lower, neither of which has a single one of the six directories."""
+    """All kinds of lower, none of which has a single one of the six directories."""
     root: Path = request.getfixturevalue(request.param)
     assert sorted(os.listdir(root)) == ["bin", "etc"]
     return root
@@ -114,8 +115,8 @@ class TestEverywhere:
         assert "Read-only file system" in ran.err
 
 
-def test_the_three_lines(lower: Path, base: Path, caplog: pytest.LogCaptureFixture, v2: Path) -> None:
-    archive: Archive = "v2 (OCI)" if lower == v2 else "v1"
+@pytest.mark.parametrize("archive", ["v1", "v2 (OCI)"])
+def test_the_three_lines(lower: Path, base: Path, caplog: pytest.LogCaptureFixture, archive: Archive) -> None:
     options = assembler.RunOptions(command=("true",), name="web", remove=True)
     with caplog.at_level("INFO", "assembler"):
         assert assembler.run(lower, CONFIG, options, base, archive=archive) == 0
@@ -360,7 +361,7 @@ def test_names_of_the_image_that_are_no_text(tree_layer: bytes, base: Path, tmp_
     assert ran == (0, "found\n", "")
 
 
-@pytest.fixture(scope="module", params=["v1", "v2"])
+@pytest.fixture(scope="module", params=["v1", *VIEWS])
 def debian(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The demo image: Debian's own packages, and none of the six directories."""
     if request.param == "v1":
@@ -369,8 +370,8 @@ def debian(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     directory = tmp_path_factory.mktemp("demo")
     clipfs.build(request.getfixturevalue("demo_image"), directory / "demo.clip")
     (directory / "root").mkdir()
-    with clipfs.mount(directory / "demo.clip", directory / "root") as mounted:
-        yield mounted.mountpoint
+    with in_view(request.param, directory / "demo.clip", directory / "root") as root:
+        yield root
 
 
 def test_the_demo_image(debian: Path, runtime: str, base: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -36,10 +36,14 @@ def complaint(ran: Ran) -> str:
 
 
 @pytest.mark.parametrize("runtime", ["runc", "crun"])
-@pytest.mark.parametrize("kind", ["clip", "image", "directory"])
-def test_all_that_x_can_be(kind: str, runtime: str, cli: Cli, tree: Path, tree_clip: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "view"),
+    [("clip", "kernel"), ("clip", "fuse"), ("image", "kernel"), ("image", "fuse"), ("directory", "auto")],
+)
+def test_all_that_x_can_be(kind: str, view: str, runtime: str, cli: Cli, tree: Path, tree_clip: Path) -> None:
     x = {"clip": str(tree_clip), "image": f"oci:{tree_clip.parent}/oci", "directory": str(tree)}[kind]
-    ran = cli("-v", "run", "--rm", "--name", "web", "--runtime", runtime, x, "sh", "-c", f"{SHOW}; exit 3")
+    options = ("--rm", "--name", "web", "--runtime", runtime, "--view", view)
+    ran = cli("-v", "run", *options, x, "sh", "-c", f"{SHOW}; exit 3")
     assert (ran.code, ran.out) == (3, SIX)
     archive = "v1" if kind == "directory" else "v2 (OCI)"
     assert [line for line in ran.err.splitlines() if "container_id" in line or "archive" in line] == [

@@ -13,7 +13,7 @@ import pytest
 
 from clipfs import state
 from tests.containers import SECONDS, Cli, leftovers
-from tests.mounts import ended
+from tests.mounts import ended, kill
 
 pytest_plugins = ["tests.container_fixtures"]
 
@@ -112,8 +112,7 @@ class TestKilled:
         """The container goes on with what it has; its end is still an end."""
         process, _ = running(cli, base, tree_clip)
         (record,) = state.records()
-        os.kill(record.process.pid, signal.SIGKILL)
-        assert ended(record.process.pid)
+        kill(record)
         assert process.stdin
         process.stdin.close()
         process.wait(SECONDS)

@@ -47,7 +47,7 @@ def _report(target: str) -> Report:
             with Index.open(record.clip) as index:
                 counters = Counters.open(record.counters)
                 try:
-                    return reporter.of_mount(index, record, counters.asdict(), serving=record.process.alive)
+                    return reporter.of_mount(index, record, counters.asdict(), serving=record.alive)
                 finally:
                     counters.close()
     if path.is_dir():

@@ -6,7 +6,6 @@ options mean is in `clipfs.options`, what a mount is in `clipfs.mounter`.
 
 from __future__ import annotations
 
-import ctypes
 import getopt
 import os
 import sys
@@ -15,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clipfs.errors import ClipfsError, MountError, UsageError
-from clipfs.mounting import mountinfo
+from clipfs.mounting import kernel, mountinfo
 from clipfs.mounting.options import MountOptions, Parsed, parse
 
 _USAGE = """\
@@ -36,9 +35,6 @@ hands on.
 _WRONG_USAGE = 1
 _SYSTEM_ERROR = 2
 _MOUNT_FAILURE = 32
-
-# setns(2): the descriptor has to be a mount namespace.
-_CLONE_NEWNS = 0x20000
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +117,20 @@ def _obey(request: _Request) -> int:
         return 0
 
     # Late, for the answers above need nothing of it.
-    from clipfs.mounting.mounter import mount
+    from clipfs.mounting.mounter import mount, record_at
 
-    if request.namespace is not None:
-        _enter(request.namespace)
+    origin = None if request.namespace is None else _enter(request.namespace)
+    record = record_at(mountinfo.canonical(request.directory))
+    if record is not None and record.name == request.spec:
+        # `mount -a` compares with the table of mounts, which says of the kernel view what EROFS mounts.
+        say(f"{request.spec} is mounted on {request.directory} already")
+        return 0
     options = request.parsed.options
     clip = _clip(request.spec, options)
     if str(clip) != request.spec:
-        # By this name `mount -a` finds that it is mounted already.
+        # By this name it is found to be mounted already.
         options = replace(options, name=request.spec)
-    mounted = mount(clip, request.directory, options)
+    mounted = mount(clip, request.directory, options, origin=origin)
     say(f"{clip} is mounted on {mounted.mountpoint}, served by process {mounted.pid}")
     return 0
 
@@ -146,15 +146,19 @@ def _clip(spec: str, options: MountOptions) -> Path:
     return index_for(spec, insecure=options.insecure, authfile=options.authfile, ca=options.ca)
 
 
-def _enter(namespace: str) -> None:
-    """Change to another mount namespace (mount -N), named by a process or by a file."""
+def _enter(namespace: str) -> int:
+    """Change to another mount namespace (mount -N), named by a process or by a file; a descriptor of the one before."""
     # Everything is imported first: the other namespace may have no Python in it, or another.
-    from clipfs.mounting import session  # noqa: F401
+    from clipfs.reports import metrics, reporter  # noqa: F401
 
+    origin = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     path = f"/proc/{namespace}/ns/mnt" if namespace.isdigit() else namespace
     with open(path, "rb") as file:
-        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _CLONE_NEWNS) != 0:
-            raise OSError(ctypes.get_errno(), f"cannot enter mount namespace {namespace}")
+        try:
+            kernel.enter_mount_namespace(file.fileno())
+        except OSError as error:
+            raise MountError(f"cannot enter mount namespace {namespace}: {error.strerror}") from None
+    return origin
 
 
 if __name__ == "__main__":

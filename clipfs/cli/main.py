@@ -161,6 +161,8 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cache-size", metavar="SIZE", help="of it at most (default: a tenth of the disk; 0 for none)")
     group.add_argument("--cache-compression", choices=("zstd", "none"), help="default: zstd")
     group.add_argument("--prefetch", metavar="trace|all|none|FILE", help="default: trace, what earlier runs needed")
+    group = parser.add_argument_group("how it is served")
+    group.add_argument("--view", choices=("auto", "kernel", "fuse"), help="who answers for names (default: auto)")
     group = parser.add_argument_group("what is told")
     group.add_argument("--report", metavar="FILE", help="keep what was fetched and why, for `clipfs explain FILE`")
     group.add_argument("--metrics", metavar="[HOST:]PORT", help="serve counters for Prometheus here")
@@ -227,6 +229,11 @@ def _add_mount_commands(commands: Commands[_Parser]) -> None:
 
     parser = _command(commands, "umount", "mounts", "unmount what `clipfs mount` mounted", epilog="")
     parser.add_argument("directory", metavar="DIR", type=Path, help="where it is mounted")
+
+    parser = _command(
+        commands, "upgrade", "mounts", "serve a mount by a new process of the version installed now", epilog=""
+    )
+    parser.add_argument("directory", metavar="DIR", type=Path, help="where it is mounted; its readers notice nothing")
 
     parser = _command(commands, "gc", "mounts", "clean up what killed processes left behind", epilog="")
     parser.add_argument("--base", type=Path, metavar="DIR", help="where containers live (default: as `clipfs run`)")

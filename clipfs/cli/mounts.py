@@ -43,13 +43,20 @@ def mount_options(args: argparse.Namespace, text: str) -> MountOptions:
         cache_compression=args.cache_compression != "none" if args.cache_compression else options.cache_compression,
         prefetch=prefetch(args.prefetch) if args.prefetch else options.prefetch,
         report=report_path(args.report) if args.report else options.report,
+        view=args.view or options.view,
         metrics=endpoint(args.metrics) if args.metrics else options.metrics,
     )
 
 
 def umount(args: argparse.Namespace) -> int:
-    """Unmount, and wait for the serving process to end."""
+    """Unmount, and wait for the processes that serve it to end."""
     mounter.unmount(args.directory)
+    return 0
+
+
+def upgrade(args: argparse.Namespace) -> int:
+    """Have a new worker take over, and wait until it has."""
+    mounter.upgrade(args.directory)
     return 0
 
 

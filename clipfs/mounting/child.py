@@ -15,6 +15,9 @@ from clipfs.mounting import kernel
 from clipfs.mounting.control import Channel, Job
 from clipfs.state import Process
 
+# The module that a worker runs.
+PROGRAM = "clipfs.mounting.worker"
+
 # From SIGKILL to the end of a process; only one that is stuck in the kernel needs longer.
 _DEATH_SECONDS = 5.0
 
@@ -30,7 +33,7 @@ class Child:
             with theirs:
                 # A process group of its own: what is typed at a terminal is for the supervisor.
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "clipfs.mounting.worker", str(theirs.fileno())],
+                    [sys.executable, "-P", "-m", PROGRAM, str(theirs.fileno())],
                     stdin=subprocess.DEVNULL,
                     stdout=2,
                     pass_fds=[theirs.fileno(), *job.descriptors],

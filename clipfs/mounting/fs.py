@@ -2,8 +2,8 @@
 
 An adapter and nothing else: it turns inodes of the index into replies and errors into errnos. What an image is and
 where bytes come from, it does not know. It holds no state that a request could spoil: inode numbers are the index's
-nids (the root is called 1), file handles are inode numbers, and everything is immutable, so that the kernel may cache
-all it is told for ever.
+nids (the root is asked for as 1), file handles are inode numbers, and everything is immutable, so that the kernel may
+cache all it is told for ever.
 
 pyfuse3 ends the whole mount when a handler raises anything but FUSEError. So the handlers below are plain functions,
 and `_answer` makes the coroutine that pyfuse3 awaits and stands between it and them.
@@ -17,6 +17,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Coroutine
+from copy import copy
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -123,6 +124,9 @@ class ClipFS(pyfuse3.Operations):
         self._absent = EntryAttributes()
         self._absent.st_ino = 0
         self._absent.entry_timeout = _FOR_EVER
+        # Where a reply says which inode is meant and not only what is known of it, the root has a name of its own.
+        self._root = copy(self._attributes_of(index.root))
+        self._root.st_ino = pyfuse3.ROOT_INODE
 
     def init(self) -> None:
         self._on_init()
@@ -134,6 +138,8 @@ class ClipFS(pyfuse3.Operations):
         if len(name) > _MAX_NAME:
             raise FUSEError(errno.ENAMETOOLONG)
         nid = self._index.lookup(self._nid(parent_inode), name)
+        if nid == self._index.root:
+            return self._root
         return self._attributes_of(nid) if nid else self._absent
 
     @_answer
@@ -248,7 +254,7 @@ class ClipFS(pyfuse3.Operations):
             return known
         node = self._index.inode(nid)
         entry = EntryAttributes()
-        entry.st_ino = pyfuse3.ROOT_INODE if nid == self._index.root else nid
+        entry.st_ino = nid
         entry.st_mode = node.mode
         entry.st_nlink = node.nlink
         entry.st_uid = node.uid

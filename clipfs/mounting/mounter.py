@@ -22,7 +22,7 @@ from clipfs.mounting import daemon, kernel, mountinfo, service
 from clipfs.mounting.options import MountOptions
 from clipfs.state import MountRecord
 
-__all__ = ["Mount", "MountOptions", "gc", "mount", "mounts", "serve", "unmount"]
+__all__ = ["Mount", "MountOptions", "gc", "mount", "mounts", "serve", "unmount", "upgrade"]
 
 # How long the processes may take to end after their mount has gone: they close connections, which are given 5 s.
 _END_SECONDS = 10.0
@@ -140,7 +140,7 @@ def mounts() -> list[MountRecord]:
 def unmount(mountpoint: Path | str, *, force: bool = False) -> None:
     """Unmount the clipfs mount at `mountpoint` and wait for its process to end. See `Mount.unmount`."""
     place = mountinfo.canonical(mountpoint)
-    record = _record_at(place)
+    record = record_at(place)
     if record is not None:
         _end(record, force=force)
         return
@@ -156,14 +156,14 @@ def upgrade(mountpoint: Path | str) -> None:
     on as before.
     """
     place = mountinfo.canonical(mountpoint)
-    record = _record_at(place)
+    record = record_at(place)
     if record is None:
         raise MountError(f"there is no clipfs mount of yours on {place}")
     _upgrade(record)
 
 
-def _record_at(place: str) -> MountRecord | None:
-    """The record of what is seen at `place`."""
+def record_at(place: str) -> MountRecord | None:
+    """The record of what is seen at `place`, which is spelt as `mountinfo.canonical` does."""
     top = mountinfo.top_at(place)
     if top is None:
         return None

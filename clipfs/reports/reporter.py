@@ -23,7 +23,7 @@ def of_mount(index: Index, record: MountRecord, counters: Mapping[str, int], *, 
     """The report of what a record tells of. serving: does its process go on?"""
     events = list(journal.read(record.journal))
     seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - record.process.started / os.sysconf("SC_CLK_TCK")
-    if not serving and not record.process.alive:
+    if not serving and not record.alive:
         seconds = max((float(event["at"]) for event in events if isinstance(event.get("at"), int | float)), default=0)
     mount = Mounted(
         mountpoint=record.mountpoint,
