@@ -154,7 +154,10 @@ def sparse_window(window: bytes, bit: int, data: bytes) -> bytes:
     views = []
     for dictionary in _dictionaries():
         decoder = zlib.decompressobj(_RAW, dictionary[: len(window)])
-        views.append(decoder.decompress(stream, WINDOW))
+        try:
+            views.append(decoder.decompress(stream, WINDOW))
+        except zlib.error:
+            return window  # the stream is damaged; whoever scans it is about to see that, and says where
         if len(views[-1]) < WINDOW and len(data) >= REACH and not decoder.eof:
             return window  # so much input for so little output: keep it all rather than guess
     low, high, other = views

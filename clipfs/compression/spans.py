@@ -208,7 +208,7 @@ def _zstd(region: Region, ledger: Ledger, span_size: int, _: int) -> Generator[b
         if ledger.length + (expected or 0) > span_size or _full(ledger, start, span_size):
             ledger.cut(end)
         ledger.begin(Seek(start))
-        yield from _zstd_frame(region, ledger, span_size * _PATIENCE)
+        yield from _zstd_frame(region, ledger, span_size * _PATIENCE, expected)
         end = region.position
     ledger.cut(end)
 
@@ -229,7 +229,9 @@ def _frame_content(head: bytes, start: int) -> int | None:
     return None if frame.content_size == zstandard.CONTENTSIZE_UNKNOWN else frame.content_size
 
 
-def _zstd_frame(region: Region, ledger: Ledger, longest: int) -> Generator[bytes, None, None]:
+def _zstd_frame(region: Region, ledger: Ledger, longest: int, expected: int | None) -> Generator[bytes, None, None]:
+    """expected: the size of the content, if the frame says it; libzstd does not compare it where the last block is
+    empty."""
     start = reached = region.position
     decoded = 0
     decoder = zstandard.ZstdDecompressor(max_window_size=WINDOW_LIMIT).decompressobj()
@@ -246,7 +248,7 @@ def _zstd_frame(region: Region, ledger: Ledger, longest: int) -> Generator[bytes
         if ledger.length >= longest:
             ledger.cut(region.position, Seek(start, skip=decoded))
             reached = region.position
-    if not decoder.eof:
+    if not decoder.eof or (expected is not None and decoded != expected):
         raise ImageError(f"the zstd frame at compressed byte {start} is damaged: it does not end where it says")
 
 

@@ -228,12 +228,13 @@ class Index:
 
         name = str(self.path)
         check_sections(self._buffer, self._header, name, data=data)
+        manifest, config = self.manifest, self.config
         if self.packed:
             check_packed(self.layers, self._header.data, name)
             if self.source == ITSELF and not self.carries_data:
                 raise FormatError(f"{name} is damaged: it should carry its data and does not")
         else:
-            check_layers(self.layers, self.manifest, self.config, name)
+            check_layers(self.layers, manifest, config, name)
         check_extents(self._extents, self.layers, self.data_size, name)
         check_tree(self._tree, name)
         if not self.source:

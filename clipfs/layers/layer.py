@@ -199,7 +199,7 @@ class TarWalk:
                     at += BLOCK + (length + 511 & ~511)
                     if at > end:
                         self._skip, self._padding = at - end, -length % BLOCK
-                        self._name, self._offset = path, offset
+                        self._name, self._offset = name.split(b"\0", 1)[0], offset
                         return end
                     continue
                 target = b""
