@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -50,6 +51,8 @@ class Child:
         self.process = Process.of(self._process.pid)
         #: When it last showed that it is well, by the monotonic clock.
         self.heard = time.monotonic()
+        #: When it took over, by the same clock; in the future of one that has not.
+        self.served_since = math.inf
         #: Has it everything ready, and waits for the connection?
         self.waiting = False
         #: Has it closed its end of the channel? Then it is about to end.

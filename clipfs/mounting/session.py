@@ -125,7 +125,7 @@ class _Session:
     async def _leave(self) -> None:
         """Take no more requests, so that another worker can. What was taken is still answered; then `main` returns."""
         pyfuse3.terminate()
-        # A task that had been told of a request, and has not taken it, does so now.
+        # A task that had been told of a request, and has not taken it, does so now, and it is lost; see `Supervisor`.
         for _ in range(2):
             await trio.lowlevel.checkpoint()
         self._channel.say("left")

@@ -13,7 +13,6 @@ import logging
 import signal
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -30,11 +29,12 @@ log = logging.getLogger(__name__)
 # a machine that is overloaded. Only a loop that does not turn is missed: reads that wait for a network do not stop it.
 PING_SECONDS, STALL_SECONDS = 5.0, 30.0
 
-# Deaths within so many seconds after which it is no accident, and how long requests then fail.
-DEATHS, DEATHS_SECONDS, REST_SECONDS = 5, 60.0, 60.0
+# So many in a row that die so soon after they took over are no accident: what they are asked kills them, or they cannot
+# even start. Then requests fail for a while.
+DEATHS, YOUNG_SECONDS, REST_SECONDS = 5, 2.0, 60.0
 
-# Before the first, second, ... replacement of those that died one after the other.
-PAUSES = (0.0, 0.1, 0.5, 2.0, 5.0)
+# Before the replacement of one that was well for a while; of the first, second, ... that was not.
+PAUSES = (0.0, 0.0, 0.1, 0.5, 2.0)
 
 # For a new worker to have everything ready; and for one that is to end, to close its connections, which are given 5 s.
 _START_SECONDS, _END_SECONDS = 30.0, 8.0
@@ -61,8 +61,9 @@ class Supervisor:
         self._begin = begin
         self._next: Child | None = None  # who is to take over from a worker that does well
         self._leaving: list[Child] = []  # those that still answer what they have been asked
-        self._deaths: deque[float] = deque(maxlen=DEATHS)
+        self._young_deaths = 0
         self._refusing = self._ending = False
+        made.child.served_since = time.monotonic()
         self._times = _Times(ping=time.monotonic() + PING_SECONDS)
 
     def run(self, on_ready: Callable[[MountRecord], None]) -> None:
@@ -136,8 +137,12 @@ class Supervisor:
                 self._leaving.append(child)
                 self._worker, self._next = self._next, None
                 self._introduce(self._worker)
+                # libfuse throws away a request that it reads when it is told to end. What the old one is at is asked
+                # twice, to no harm: the kernel takes the one answer that it waits for.
+                self._connection.resend()
             case "ready":
                 log.info("process %d serves %s", child.process.pid, self._record.mountpoint)
+                child.served_since = time.monotonic()
                 self._record = replace(self._record, worker=child.process)
                 self._record.save()
                 answer(self._record.process, "")
@@ -173,7 +178,7 @@ class Supervisor:
     def _upgrade(self) -> None:
         """Start another worker; when it has everything ready, the one that does the work is asked to leave."""
         if self._worker is None:
-            self._deaths.clear()
+            self._young_deaths = 0
             self._times.restart = time.monotonic()
             return
         try:
@@ -186,7 +191,7 @@ class Supervisor:
             self._worker = self._begin(self._connection, self._view)
         except OSError as error:
             log.error("cannot start a new worker for %s: %s", self._record.mountpoint, error)
-            self._died()
+            self._died(young=True)
 
     def _bury(self, child: Child) -> bool:
         """See to a worker that has ended. False if that is because the file system has."""
@@ -216,24 +221,21 @@ class Supervisor:
             if self._worker.waiting:
                 self._introduce(self._worker)
             return True
-        self._died()
+        self._died(young=time.monotonic() - child.served_since < YOUNG_SECONDS)
         return True
 
-    def _died(self) -> None:
+    def _died(self, *, young: bool) -> None:
         """Have the next worker started soon, or after a rest if one after the other dies."""
         now = time.monotonic()
-        self._deaths.append(now)
-        recent = [at for at in self._deaths if now - at < DEATHS_SECONDS]
-        if len(recent) < DEATHS:
-            self._times.restart = now + PAUSES[len(recent) - 1]
+        self._young_deaths = self._young_deaths + 1 if young else 0
+        if self._young_deaths < DEATHS:
+            self._times.restart = now + PAUSES[min(self._young_deaths, len(PAUSES) - 1)]
             return
-        self._deaths.clear()
+        self._young_deaths = 0
         self._refusing = True
         self._times.restart = now + REST_SECONDS
-        words = (
-            "%d workers of %s have died within %.0f s; for the next %.0f s, what is not in the kernel's cache is EIO"
-        )
-        log.error(words, len(recent), self._record.mountpoint, DEATHS_SECONDS, REST_SECONDS)
+        words = "%d workers of %s in a row have died at once; for %.0f s, what is not in the kernel's cache is EIO"
+        log.error(words, DEATHS, self._record.mountpoint, REST_SECONDS)
         answer(self._record.process, "its workers keep dying")
 
     def _end(self) -> None:
