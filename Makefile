@@ -8,7 +8,7 @@ SHELL       := /bin/bash
 MAKEFLAGS   += --no-builtin-rules --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test lint bench clean
+.PHONY: help setup run demo test lint fuzz soak bench clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -19,11 +19,18 @@ SYSTEM := .cache/system-packages
 IMAGE ?= oci:$(DEMO)/oci:latest
 CMD   ?= python3 -c 'import os, sys; print("Hello from Python", sys.version.split()[0], "in", sorted(os.listdir("/")))'
 
+# For how long `make fuzz` fuzzes each target, and which; all if none is named.
+SECONDS ?= 60
+TARGET  ?=
+
+# For how long `make soak` makes trouble: 12 kills a minute.
+MINUTES ?= 25
+
 # To build pyfuse3, to mount, to run containers and to build the demo image.
 PACKAGES := python3-venv python3-dev gcc pkg-config fuse3 libfuse3-dev runc crun mmdebstrap pigz zstd
 # What the tests compare with, and the benchmarks measure against.
-PEERS    := acl apache2-utils attr buildah busybox-static bzip2 curl docker-registry erofs-utils fio libcap2-bin nginx \
-            openssl skopeo squashfs-tools squashfuse umoci xz-utils
+PEERS    := acl apache2-utils attr buildah busybox-static bzip2 curl docker-registry e2fsprogs erofs-utils fio \
+            fuse-overlayfs libcap2-bin nginx openssl skopeo squashfs-tools squashfuse umoci xz-utils
 
 help: ## say what there is
 	@echo 'make TARGET, where TARGET is one of'
@@ -37,13 +44,19 @@ run: setup $(DEMO)/oci/index.json ## run a container from an image that is never
 
 demo: setup $(DEMO)/oci/index.json ## build the demo image in .cache/demo
 
-test: setup lint $(VENV)/.installed-bench $(SYSTEM)-peers $(DEMO)/oci/index.json ## everything that must hold: ruff, mypy, pytest [ARGS=...]
+test: setup lint $(VENV)/.installed-bench $(VENV)/.installed-fuzz $(SYSTEM)-peers $(DEMO)/oci/index.json ## everything that must hold: ruff, mypy, pytest [ARGS=...]
 	@$(VENV)/bin/pytest $(ARGS)
 
 lint: setup ## ruff and mypy
 	@$(VENV)/bin/ruff check --quiet
 	@$(VENV)/bin/ruff format --check --quiet || { echo "run '$(VENV)/bin/ruff format'"; exit 1; }
 	@$(VENV)/bin/mypy --no-error-summary
+
+fuzz: $(VENV)/.installed-fuzz ## give the parsers inputs that nobody thought of [SECONDS=60 TARGET=tar]
+	@$(VENV)/bin/python -m tests.fuzz --seconds $(SECONDS) $(TARGET)
+
+soak: $(VENV)/.installed-bench $(SYSTEM)-peers $(DEMO)/oci/index.json ## kill, upgrade, disconnect a mount under load [MINUTES=25]
+	@$(VENV)/bin/python -m tests.soak --minutes $(MINUTES) --plot .cache/soak.svg
 
 bench: $(VENV)/.installed-bench $(SYSTEM)-peers $(DEMO)/oci/index.json ## measure, print the tables, renew benchmarks/README.md and its plot
 	@$(VENV)/bin/python -m benchmarks
@@ -80,9 +93,17 @@ $(VENV)/.installed: pyproject.toml $(SYSTEM)
 	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-$(VENV)/.installed-bench: $(VENV)/.installed
+$(VENV)/.installed-soak: $(VENV)/.installed-bench $(SYSTEM)-peers $(DEMO)/oci/index.json ## kill, upgrade, disconnect a mount under load [MINUTES=25]
+	@$(VENV)/bin/python -m tests.soak --minutes $(MINUTES) --plot .cache/soak.svg
+
+bench: $(VENV)/.installed
 	@echo 'setup: matplotlib'
 	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@touch $@
+
+$(VENV)/.installed-fuzz: $(VENV)/.installed
+	@echo 'setup: atheris'
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
 	@touch $@
 
 $(DEMO)/oci/index.json: $(VENV)/.installed benchmarks/demo.py

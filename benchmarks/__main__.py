@@ -14,15 +14,29 @@ from benchmarks.cold import application, memory, starting_cold, streaming
 from benchmarks.measure import Section, progress
 from benchmarks.reading import reading
 from benchmarks.starting import indexing, mounting, running, size
+from benchmarks.views import views
 from benchmarks.workload import QUICK, Demo, Size, Workload, prepare
 
 _ROOT = Path(__file__).parent.parent
 _CACHE = _ROOT / ".cache"
 
 BENCHMARKS: dict[str, Callable[[Workload], Section]] = {
-    each.__name__: each for each in (indexing, size, mounting, running, starting_cold, reading, streaming, memory)
+    each.__name__: each
+    for each in (indexing, size, mounting, running, starting_cold, reading, views, streaming, memory)
 }
-_PROGRAMS = ("curl", "docker-registry", "fio", "mksquashfs", "runc", "skopeo", "squashfuse_ll", "umoci")
+_PROGRAMS = (
+    "curl",
+    "docker-registry",
+    "fio",
+    "fuse-overlayfs",
+    "mkfs.erofs",
+    "mkfs.ext4",
+    "mksquashfs",
+    "runc",
+    "skopeo",
+    "squashfuse_ll",
+    "umoci",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

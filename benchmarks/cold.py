@@ -196,9 +196,11 @@ def memory(workload: Workload) -> Section:
         forget()
         drop_caches()
         with clipfs.mount(clip, mountpoint, options) as mounted:
-            before = _resident(mounted.pid, "VmRSS")
+            [worker] = [record.worker for record in clipfs.mounts() if record.process.pid == mounted.pid]
+            assert worker is not None
+            before = _resident(worker.pid, "VmRSS")
             reader.read(mountpoint)
-            most = _resident(mounted.pid, "VmHWM")
+            most = _resident(worker.pid, "VmHWM")
         without = f"{max(0, most - options.cache) / 1e6:.0f} MB"
         lines.append([reader.name, f"{before / 1e6:.0f} MB", f"{most / 1e6:.0f} MB", without])
     mountpoint.rmdir()

@@ -96,7 +96,7 @@ def squashfuse_mount(archive: Path, mountpoint: Path) -> Iterator[Path]:
     # In the foreground it can be waited for; in a group of its own no Ctrl-C ends it before we unmount it.
     process = subprocess.Popen(["squashfuse_ll", "-f", archive, mountpoint], process_group=0)
     try:
-        _await_mount(mountpoint, process)
+        await_mount(mountpoint, process)
         yield mountpoint
     finally:
         unmount(mountpoint)
@@ -107,7 +107,7 @@ def squashfuse_mount(archive: Path, mountpoint: Path) -> Iterator[Path]:
             process.wait()
 
 
-def _await_mount(mountpoint: Path, process: subprocess.Popen[bytes]) -> None:
+def await_mount(mountpoint: Path, process: subprocess.Popen[bytes]) -> None:
     """Wait for the kernel to say that its table of mounts has changed, and for the right change."""
     deadline = time.monotonic() + _MOUNT_SECONDS
     with open("/proc/self/mountinfo") as table, open(os.pidfd_open(process.pid), "rb", buffering=0) as death:

@@ -38,6 +38,17 @@ def stat(paths: list[str]) -> int:
     return len(paths)
 
 
+def missing(paths: list[str]) -> int:
+    """lstat each, which is not there; paths."""
+    for path in paths:
+        try:
+            os.lstat(path)
+        except FileNotFoundError:
+            continue
+        raise SystemExit(f"{path} should not be there")
+    return len(paths)
+
+
 def walk(tops: list[str]) -> int:
     """List every directory and lstat every entry, as ``find -ls`` does; entries."""
     count = 0
@@ -52,7 +63,13 @@ def walk(tops: list[str]) -> int:
     return count
 
 
-HOW: dict[str, Callable[[list[str]], int]] = {"read": read, "files": read_files, "stat": stat, "walk": walk}
+HOW: dict[str, Callable[[list[str]], int]] = {
+    "read": read,
+    "files": read_files,
+    "stat": stat,
+    "walk": walk,
+    "missing": missing,
+}
 
 
 def main(how: str, root: str, listing: str) -> None:

@@ -57,7 +57,7 @@ def readers(workload: Workload) -> list[Reader]:
     everything = listing(workload, "everything", shuffled)
     return [
         Reader("sequential", "MB/s", _python("read", big, 1e-6), _SEQUENTIAL, _CACHED, _KERNEL),
-        Reader("random 4 KiB", "reads/s", _fio(size.random), _RANDOM, _CACHED, _KERNEL),
+        Reader("random 4 KiB", "reads/s", random_reads(size.random), _RANDOM, _CACHED, _KERNEL),
         Reader("small files, in order", "files/s", _python("files", some), _OPENING, _OPENING, _OPENING, True),
         Reader("small files, shuffled", "files/s", _python("files", mixed), _RANDOM, _CACHED, _OPENING, True),
         Reader("stat storm", "stats/s", _python("stat", everything), _STAT, "", _KERNEL, True),
@@ -157,7 +157,7 @@ def _python(how: str, paths: Path, scale: float = 1) -> Callable[[Path], float]:
     return read
 
 
-def _fio(count: int) -> Callable[[Path], float]:
+def random_reads(count: int) -> Callable[[Path], float]:
     """fio, one read at a time. It tells the kernel that it reads at random, and drops no cache by itself."""
 
     def read(root: Path) -> float:
