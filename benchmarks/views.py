@@ -22,6 +22,8 @@ from benchmarks.workload import BIG, Workload, listing, small_files
 
 _BLOCKS = "A block from the disk cache passes through Python once, on its way into the page cache of the data file."
 
+_NAMES = "Both are answered by caches of the kernel; a difference is the machine's."
+
 
 class Way(NamedTuple):
     """Something to do with a tree. `warm`: is there a second pass? metadata: is it about names and attributes only?"""
@@ -60,8 +62,9 @@ def views(workload: Workload) -> Section:
             )
         for which, when in enumerate(("cold", "warm")):
             if way.cold if when == "cold" else way.warm:
+                why = _NAMES if way.metadata else _BLOCKS
                 samples = {peer: [each[which] for each in measured] for peer, measured in passes.items()}
-                row = Row(f"{way.name}, {when}", way.unit, samples, SQUASHFUSE, f"both views, {when}", _BLOCKS)
+                row = Row(f"{way.name} (views), {when}", way.unit, samples, SQUASHFUSE, f"both views, {when}", why)
                 found.append((row, _goals(way, when)))
     mountpoint.rmdir()
     return _section(workload, list(mounts), found)

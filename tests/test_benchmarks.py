@@ -19,7 +19,7 @@ from tests.images import LayoutBuilder
 from tests.tars import Tar
 
 TINY = Size(rounds=1, files=60, big=2 << 20, ordered=40, shuffled=20, random=20)
-ROWS = {"indexing": 2, "mounting": 2, "running": 3, "starting_cold": 6, "reading": 16, "streaming": 1}
+ROWS = {"indexing": 2, "mounting": 2, "running": 3, "starting_cold": 6, "reading": 16, "views": 15, "streaming": 1}
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,7 @@ def sections(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Sect
     require_root()
     require(Path("/proc/sys/vm/drop_caches").exists(), "a way to drop the kernel's caches")
     require_programs("curl", "docker-registry", "fio", "mksquashfs", "runc", "skopeo", "squashfuse_ll", "umoci")
+    require_programs("fuse-overlayfs", "mkfs.erofs", "mkfs.ext4")
     layer = Tar().dir("bin").file("bin/busybox", Path("/bin/busybox").read_bytes(), mode=0o755)
     image = LayoutBuilder(tmp_path_factory.mktemp("demo")).layer(layer).write()
     demo = Demo(image, ("/bin/busybox", "echo", "hello"))

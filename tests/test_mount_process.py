@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -113,6 +114,17 @@ def test_it_is_small(here: Path) -> None:
 
 
 # --- in the foreground
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_the_service_manager_is_told(here: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool) -> None:
+    name = f"{here}/notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"\0{name}" if abstract else name)
+        manager.settimeout(SECONDS)
+        monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}" if abstract else name)
+        with foreground(here):
+            assert manager.recv(1000).decode() == f"READY=1\nSTATUS={here}/x.clip is mounted on {here}/mnt"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +22,28 @@ def mount(args: argparse.Namespace) -> int:
     clip = clip_of(args)
     if args.foreground:
         place = args.directory.absolute()
-        mounter.serve(clip, place, options, lambda: print(f"{clip} is mounted on {place}", file=sys.stderr, flush=True))
+
+        def on_ready() -> None:
+            print(f"{clip} is mounted on {place}", file=sys.stderr, flush=True)
+            _notify_manager(f"READY=1\nSTATUS={clip} is mounted on {place}")
+
+        mounter.serve(clip, place, options, on_ready)
     else:
         mounter.mount(clip, args.directory, options)
     return 0
+
+
+def _notify_manager(state: str) -> None:
+    """Tell systemd, if that started us and wants to know (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address[:1] not in ("/", "@"):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        try:
+            manager.connect("\0" + address[1:] if address.startswith("@") else address)
+            manager.send(state.encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            print(f"clipfs: cannot tell the service manager: {error.strerror}", file=sys.stderr)
 
 
 def mount_options(args: argparse.Namespace, text: str) -> MountOptions:
