@@ -35,6 +35,12 @@ def test_options_that_mean_something(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
 
 
+MALFORMED = (
+    "frobnicate", "cache", "cache=", "cache=lots", "allow_other=1", "log=", "timeout=0", "timeout=x", "timeout=nan",
+    "view=x",
+)  # fmt: skip
+
+
 def test_options_that_are_mount_s_own_change_nothing() -> None:
     text = (
         "defaults,_netdev,nofail,user=joe,users,noatime,helper=x,uhelper=y,x-systemd.automount,X-mount.mkdir,noauto,rw"
@@ -49,7 +55,7 @@ def test_the_last_of_a_pair_wins() -> None:
     assert not parse("").writable
 
 
-@pytest.mark.parametrize("text", ["frobnicate", "cache", "cache=", "cache=lots", "allow_other=1", "log="])
+@pytest.mark.parametrize("text", MALFORMED)
 def test_unknown_or_malformed_options_are_refused(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse(f"ro,{text},noatime")

@@ -29,6 +29,8 @@ options of -o, as mount(8) has them in fstab:
   report=FILE, metrics=ADDR        as --report, --metrics
   source=IMAGE     where the bytes are, if not where the index says
   authfile=FILE, ca=FILE, insecure   as --authfile, --ca, --insecure
+  timeout=SECONDS  what a read waits for its source, with all attempts (default: $CLIPFS_TIMEOUT, or 90)
+  view=auto|kernel|fuse              as --view
   suid, dev        honour setuid bits and devices in this mount itself
   noexec           run no programs from it
 

@@ -25,10 +25,13 @@ _IGNORED_KEYS = frozenset(("user", "helper", "uhelper", "comment", "user_id", "g
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
+_LONGEST_TIMEOUT = 3600.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MountOptions:
-    """How to mount. `source`, `authfile`, `ca` and `insecure` say where the bytes come from and how to get in.
+    """How to mount. `source`, `authfile`, `ca` and `insecure` say where the bytes come from and how to get in; timeout,
+    how many seconds a read may take with all its attempts (None for $CLIPFS_TIMEOUT or 90).
 
     view: who answers for names and attributes. ``kernel``: the kernel's own EROFS, and as fast; for root, on Linux
     ≥ 6.12 (or ≥ 5.16 with loop devices). ``fuse``: this library. ``auto``: what $CLIPFS_VIEW
@@ -63,6 +66,7 @@ class MountOptions:
     authfile: Path | None = None
     ca: Path | None = None
     insecure: bool = False
+    timeout: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As values of JSON, for another process."""
@@ -106,6 +110,7 @@ _VALUES: dict[str, Callable[[str], object]] = {
     "source": str,
     "authfile": lambda text: Path(text).absolute(),
     "ca": lambda text: Path(text).absolute(),
+    "timeout": lambda text: timeout(text),
 }
 
 
@@ -149,6 +154,17 @@ def view(text: str) -> str:
     if text not in ("auto", "kernel", "fuse"):
         raise UsageError(f"view is auto, kernel or fuse, not '{text}'")
     return text
+
+
+def timeout(text: str) -> float:
+    """Seconds, above 0 and up to an hour."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= _LONGEST_TIMEOUT:
+        raise UsageError(f"timeout is the number of seconds that a read may take, up to 3600, not '{text}'")
+    return seconds
 
 
 def compression(text: str) -> bool:

@@ -57,7 +57,13 @@ class _Session:
 
     async def serve(self) -> None:
         job, index, options = self._job, self._index, self._job.options
-        access = SourceOptions(name=job.source, insecure=options.insecure, authfile=options.authfile, ca=options.ca)
+        access = SourceOptions(
+            name=job.source,
+            insecure=options.insecure,
+            authfile=options.authfile,
+            ca=options.ca,
+            timeout=options.timeout,
+        )
         fetcher = fetcher_for(index, access)
         reader = BlockReader(
             index,

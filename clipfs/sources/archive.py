@@ -105,7 +105,7 @@ class OciArchiveSource(LocalSource):
     async def _named(self, platform: Platform) -> Document:
         raw = await trio.to_thread.run_sync(self._archive.read, "index.json", MAX_MANIFEST)
         chosen = choose(raw, self._tag, platform, str(self._archive.path))
-        return Document(chosen.digest.verify(await self._manifest(chosen), "the manifest"), chosen.media_type)
+        return await self._pointed_at(chosen)
 
 
 def _scan(file: BinaryIO, path: Path) -> dict[str, LocalBlob | str]:

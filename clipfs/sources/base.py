@@ -105,6 +105,12 @@ class Source(ABC):
     async def _manifest(self, descriptor: Descriptor) -> bytes:
         """A manifest or index that another one points to; the caller verifies it."""
 
+    async def _pointed_at(self, chosen: Descriptor) -> Document:
+        """A manifest or index that a document points to, verified; ImageError if it is larger than any may be."""
+        if chosen.size > MAX_MANIFEST:
+            raise ImageError(f"the manifest has {chosen.size} bytes; more than {MAX_MANIFEST} are not read")
+        return Document(chosen.digest.verify(await self._manifest(chosen), "the manifest"), chosen.media_type)
+
     def _canonical(self, manifest: Manifest) -> str:
         """The name under which `manifest` is found again."""
         del manifest
@@ -117,10 +123,7 @@ class Source(ABC):
             if isinstance(parsed, Manifest):
                 return parsed
             chosen = parsed.select(wanted)
-            if chosen.size > MAX_MANIFEST:
-                raise ImageError(f"the manifest has {chosen.size} bytes; more than {MAX_MANIFEST} are not read")
-            raw = chosen.digest.verify(await self._manifest(chosen), "the manifest")
-            found = Document(raw, chosen.media_type)
+            found = await self._pointed_at(chosen)
         raise ImageError(f"the image's indexes point to indexes more than {_MAX_NESTING} deep")
 
 

@@ -41,8 +41,7 @@ class LayoutSource(LocalSource):
 
     async def _named(self, platform: Platform) -> Document:
         raw = await trio.to_thread.run_sync(self._index)
-        chosen = choose(raw, self._tag, platform, str(self._root))
-        return Document(chosen.digest.verify(await self._manifest(chosen), "the manifest"), chosen.media_type)
+        return await self._pointed_at(choose(raw, self._tag, platform, str(self._root)))
 
     def _index(self) -> bytes:
         return read_file(self._beneath("index.json"), 0, MAX_MANIFEST + 1)
