@@ -158,7 +158,7 @@ class FaultProxy:
         self._strikes: dict[str, _Strike] = {}
         self._tokens: set[str] = set()
         self._numbers = itertools.count(1)
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._listener: socket.socket | None = None
         self._connections: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
@@ -181,6 +181,11 @@ class FaultProxy:
         """Whether the fault has struck there at all."""
         with self._lock:
             return self._strikes[digest].struck
+
+    def await_strikes(self, seconds: float) -> bool:
+        """Wait until each fault has struck; False if that takes longer."""
+        with self._lock:
+            return self._lock.wait_for(lambda: all(each.struck for each in self._strikes.values()), seconds)
 
     def expire_tokens(self) -> None:
         """From here on no token is good that was given out so far."""
@@ -268,6 +273,7 @@ class FaultProxy:
             if not broken_off:
                 strike.times -= 1
                 strike.struck = True
+                self._lock.notify_all()
             whole = strike.fault.whole and not broken_off
         honest = self._honest(request, whole=whole)
         half = len(honest.body) // 2

@@ -242,3 +242,23 @@ def test_what_a_mirror_sends_wrong_comes_from_the_registry(
 def test_the_log_keeps_secrets(mounted: Mounted) -> None:
     assert "cannot get blob sha256:" in mounted.log
     assert not [secret for secret in SECRETS if secret in mounted.log]
+
+
+def test_faults_that_strike_what_is_fetched_ahead(
+    remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every fault at once, and none that ends by itself; nobody has asked. Who reads afterwards notices nothing."""
+    monkeypatch.setenv("CLIPFS_CACHE", str(tmp_path / "cache"))
+    mountpoint, rows = tmp_path / "mnt", [number for number, row in enumerate(ROWS) if row.lasting and not row.middle]
+    mountpoint.mkdir()
+    for number in rows:
+        remote.proxy.strike(remote.digests[number], FAULTS[ROWS[number].fault], times=float("inf"))
+    options = clipfs.MountOptions(prefetch="all", timeout=TIMEOUT)
+    with clipfs.mount(remote.clip, mountpoint, options):
+        assert remote.proxy.await_strikes(60)
+        for number in rows:
+            remote.proxy.calm(remote.digests[number])
+        with ThreadPoolExecutor(8) as pool:
+            began = time.monotonic()
+            assert list(pool.map(lambda number: read(mountpoint / str(number), number), rows)) == [BYTES] * len(rows)
+            assert time.monotonic() - began < 3 * LATEST

@@ -333,3 +333,17 @@ def test_somebody_else_asks_no_more_than_root(counted_view: Path, requests: Requ
     asked = requests.fresh()
     assert asked.pop("getxattr", 0) <= 1
     assert asked == {"open": 1}
+
+
+def test_neighbours_cost_one_request_in_the_kernel_s_view(requests: Requests, view_clip: Path, public: Path) -> None:
+    """Small files lie side by side in the data space, and the kernel reads ahead in that."""
+    require_view("kernel")
+    with clipfs.mount(view_clip, public, MountOptions(view="kernel")):
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        requests.fresh()
+        assert (public / "many" / "00001").read_bytes() == b"x"
+        assert requests.fresh().get("read", 0) >= 1
+        # Files of two sizes in 64 pages; the first read has brought some pages, and what follows brings many.
+        for number in range(MANY):
+            assert (public / "many" / f"{number:05}").read_bytes() == b"x" * (number % 3)
+        assert requests.fresh().get("read", 0) <= MANY // 20

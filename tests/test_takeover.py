@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import pytest
 
@@ -20,7 +21,7 @@ from clipfs import MountError, MountOptions
 from clipfs.mounting import child, connection, kernel, mountinfo, supervisor
 from clipfs.mounting.mounter import Mount
 from clipfs.state import Process
-from tests.conftest import require_root
+from tests.conftest import require, require_root
 from tests.containers import Box
 from tests.images import LayoutBuilder
 from tests.mounts import SECONDS, ended, files, in_view, kill, record_of, run
@@ -240,6 +241,53 @@ def test_a_supervisor_that_dies_leaves_a_worker_that_goes_on(large: Path, conten
     clipfs.unmount(mountpoint)
     assert ended(worker.pid)
     assert mountinfo.top_at(str(mountpoint)) is None
+
+
+class Group(NamedTuple):
+    """A control group, and its files for the limit of memory and for what came of that (v2, or v1)."""
+
+    directory: Path
+    limit: str
+    events: str
+
+
+@pytest.fixture
+def group() -> Iterator[Group]:
+    """Whatever is in it at the end is moved out."""
+    second = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+    top = Path("/sys/fs/cgroup") if second else Path("/sys/fs/cgroup/memory")
+    require((top / "cgroup.procs").exists(), "control groups with memory")
+    if second:
+        (top / "cgroup.subtree_control").write_text("+memory")
+    directory = top / f"clipfs-test-{os.getpid()}"
+    directory.mkdir()
+    try:
+        files = ("memory.max", "memory.events") if second else ("memory.limit_in_bytes", "memory.oom_control")
+        yield Group(directory, *files)
+    finally:
+        for pid in (directory / "cgroup.procs").read_text().split():
+            (top / "cgroup.procs").write_text(pid)
+        directory.rmdir()
+
+
+def test_it_is_the_worker_that_is_killed_for_its_memory(
+    large: Path, content: bytes, mountpoint: Path, group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "PROGRAM", "tests.patched_worker")
+    greed = "import signal\nsignal.signal(signal.SIGUSR1, lambda *_: b'x' * (400 << 20))"
+    monkeypatch.setenv("CLIPFS_TEST_PATCH", greed)
+    with clipfs.mount(large, mountpoint, FRESH) as mounted:
+        greedy = worker_of(mounted)
+        for pid in (mounted.pid, greedy.pid):
+            (group.directory / "cgroup.procs").write_text(str(pid))
+        (group.directory / group.limit).write_text(str(200 << 20))
+        os.kill(greedy.pid, signal.SIGUSR1)
+        assert ended(greedy.pid)
+        drop_caches()
+        assert (mountpoint / "large").read_bytes() == content
+        assert mounted.pid == record_of(mounted).process.pid
+        assert worker_of(mounted) != greedy
+        assert "oom_kill 1" in (group.directory / group.events).read_text()
 
 
 def test_a_container_goes_on_when_its_worker_is_killed(
