@@ -93,10 +93,7 @@ $(VENV)/.installed: pyproject.toml $(SYSTEM)
 	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-$(VENV)/.installed-soak: $(VENV)/.installed-bench $(SYSTEM)-peers $(DEMO)/oci/index.json ## kill, upgrade, disconnect a mount under load [MINUTES=25]
-	@$(VENV)/bin/python -m tests.soak --minutes $(MINUTES) --plot .cache/soak.svg
-
-bench: $(VENV)/.installed
+$(VENV)/.installed-bench: $(VENV)/.installed
 	@echo 'setup: matplotlib'
 	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@touch $@
