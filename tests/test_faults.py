@@ -161,7 +161,8 @@ def mounted(remote: Remote, tmp_path_factory: pytest.TempPathFactory) -> Mounted
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLIPFS_TIMEOUT", str(TIMEOUT))
-        options = clipfs.MountOptions(cache_size=0, prefetch="none", log=directory / "log")
+        # The kernel view asks for each page that it could not read ahead: as often as many deadlines.
+        options = clipfs.MountOptions(cache_size=0, prefetch="none", log=directory / "log", view="fuse")
         with clipfs.mount(remote.clip, mountpoint, options), ThreadPoolExecutor(8) as pool:
             outcomes = dict(zip(ROWS, pool.map(outcome, range(len(ROWS))), strict=True))
     return Mounted(outcomes, (directory / "log").read_text())
@@ -198,7 +199,7 @@ def test_a_registry_that_is_down_when_the_mount_starts(
     monkeypatch.setenv("CLIPFS_TIMEOUT", str(TIMEOUT))
     remote.proxy.down()
     try:
-        with clipfs.mount(remote.clip, mountpoint, clipfs.MountOptions(cache_size=0, prefetch="none")):
+        with clipfs.mount(remote.clip, mountpoint, clipfs.MountOptions(cache_size=0, prefetch="none", view="fuse")):
             assert len(list(mountpoint.iterdir())) == len(ROWS) + 1
             began = time.monotonic()
             assert read(mountpoint / "0", 0) == EIO
@@ -227,7 +228,7 @@ def test_what_a_mirror_sends_wrong_comes_from_the_registry(
         bad, gone, good = 0, 1, 2
         mirror.strike(remote.digests[bad], FAULTS["wrong bytes"], middle=True, times=float("inf"))
         remote.proxy.asked.clear()
-        with clipfs.mount(remote.clip, mountpoint, clipfs.MountOptions(cache_size=0, prefetch="none")):
+        with clipfs.mount(remote.clip, mountpoint, clipfs.MountOptions(cache_size=0, prefetch="none", view="fuse")):
             assert read(mountpoint / str(good), good) == BYTES
             assert mirror.asked == {remote.digests[good]: 1}
             assert not remote.proxy.asked
