@@ -25,8 +25,8 @@ _SEQUENTIAL = (
     "Decoding and verifying gzip takes most of it, and what is decoded is compressed for the disk cache besides."
 )
 _RANDOM = (
-    "A gzip layer can be entered every 4 MiB only: a read that misses decodes and verifies that much, where squashfs "
-    "decodes 128 KiB."
+    "A gzip layer can be entered every 2 MiB only: a read that misses decodes and verifies half of that, where "
+    "squashfs decodes 128 KiB."
 )
 _CACHED = "A block from the disk cache passes through Python on its way."
 _OPENING = "Names come from the kernel; every block that misses is decoded and verified in Python."

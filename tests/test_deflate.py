@@ -26,8 +26,8 @@ from clipfs.compression.deflate import (
     Stop,
     header_end,
     primed,
-    sparse_window,
 )
+from clipfs.compression.windows import sparse_window
 from clipfs.errors import ClipfsError, ImageError
 from tests.streams import FHCRC, KB, MB, Bits, deflated, member, mixed, noise, prose, stored
 

@@ -50,7 +50,9 @@ def test_forward(how: Compression) -> None:
 
 def test_the_first_piece_needs_less() -> None:
     blob = compress(PLAIN, "gzip")
-    for frame in frames(scanned(blob, MB, pieces=4)[1])[:-1]:
+    several = [frame for frame in frames(scanned(blob, MB, pieces=4)[1]) if len(frame) >= 3]
+    assert several
+    for frame in several:
         needed = [span.end - span.start for span in frame]
         assert needed[0] < needed[-1] / 2
 
@@ -65,7 +67,8 @@ def test_windows_are_shared() -> None:
 def test_damage_is_noticed_on_the_way_and_alone() -> None:
     blob = compress(PLAIN, "gzip")
     chance = random.Random(6)
-    frame = frames(scanned(blob, 512 * KB, pieces=4)[1])[1]
+    frame = max(frames(scanned(blob, 512 * KB, pieces=4)[1]), key=len)
+    assert len(frame) > 1
     for _ in range(40):
         bad = bytearray(blob)
         bad[chance.randrange(frame[0].start + 1, frame[-1].end - 10)] ^= 1 << chance.randrange(8)
@@ -80,6 +83,6 @@ def test_damage_is_noticed_on_the_way_and_alone() -> None:
 
 def test_a_piece_out_of_its_order() -> None:
     blob = compress(PLAIN, "gzip")
-    first, second, *_ = scanned(blob, 512 * KB, pieces=4)[1]
+    first, second, *_ = max(frames(scanned(blob, 512 * KB, pieces=4)[1]), key=len)
     with pytest.raises(IntegrityError):
         Forward(Codec.GZIP, first).decode(second, blob[first.end : second.end])

@@ -61,7 +61,9 @@ def test_spans_tile_the_layer_and_each_decodes_alone(how: Compression, data: str
     blob = compressed(data, how)
     spans = checked(blob, DATA[data], span_size, Codec.RAW if how == "none" else None)
     if how in ("none", "gzip", "pigz", "multi-gzip") and data != "zeros":  # of which a block may hold millions
-        assert all(span.length >= span_size for span in spans[:-1])
+        # A gzip span ends sooner where that is cheap, but not before it is worth a record.
+        least = span_size if how == "none" else span_size // 8
+        assert all(span.length >= least for span in spans[:-1])
         assert all(span.skip == 0 and span.length < span_size + 400 * KB for span in spans)
 
 

@@ -1,4 +1,4 @@
-"""Deflate and gzip below the level that Python's own modules reach: block boundaries, single bits, windows.
+"""Deflate and gzip below the level that Python's own modules reach: block boundaries, single bits.
 
 This module owns the shape of gzip members (RFC 1952) and the points inside a deflate stream (RFC 1951) where decoding
 can begin. It does not know spans, layers or digests. Facts that the rest leans on:
@@ -18,7 +18,6 @@ import os
 import zlib
 from enum import Enum
 from functools import cache
-from itertools import compress
 from types import TracebackType
 from typing import Self
 
@@ -38,9 +37,6 @@ _INPUT = 256 << 10
 
 # One piece of output. The GIL is free for the 2 ms that it takes.
 _OUTPUT = 1 << 20
-
-# Compressed bytes in which 32 KiB of output are expected: stored blocks take 5 bytes more than that.
-REACH = 64 << 10
 
 _Z_OK, _Z_STREAM_END, _Z_BUF_ERROR = 0, 1, -5
 _Z_NO_FLUSH, _Z_BLOCK = 0, 5
@@ -138,47 +134,6 @@ def _empty_dynamic_block() -> tuple[int, int]:
     put(0, 1)  # as has the distance
     put(0, 1)  # end-of-block
     return value, length
-
-
-def sparse_window(window: bytes, bit: int, data: bytes) -> bytes:
-    """`window` with zeros where the stream at `data` never refers to it, and without what then leads it.
-
-    The first 32 KiB are decoded behind three made-up windows: a byte that comes from the window differs between two
-    of them, and two of them together tell its place. data: the compressed bytes from the boundary on that a decoder
-    will be given, or the first `REACH` of them. How much of their output is wanted does not matter: a decoder that
-    looks ahead stumbles over the rest.
-    """
-    if not window:
-        return b""
-    stream = primed(bit, data[:REACH])
-    views = []
-    for dictionary in _dictionaries():
-        decoder = zlib.decompressobj(_RAW, dictionary[: len(window)])
-        try:
-            views.append(decoder.decompress(stream, WINDOW))
-        except zlib.error:
-            return window  # the stream is damaged; whoever scans it is about to see that, and says where
-        if len(views[-1]) < WINDOW and len(data) >= REACH and not decoder.eof:
-            return window  # so much input for so little output: keep it all rather than guess
-    low, high, other = views
-    differs = int.from_bytes(low, "little") ^ int.from_bytes(other, "little")
-    places = bytearray(2 * len(low))
-    places[0::2], places[1::2] = low, high
-    used = set(compress(memoryview(places).cast("H"), differs.to_bytes(len(low), "little")))
-    if not used:
-        return b""
-    kept = bytearray(len(window))
-    for at in used:
-        kept[at] = window[at]
-    return bytes(kept[min(used) :])
-
-
-@cache
-def _dictionaries() -> tuple[bytes, bytes, bytes]:
-    """Windows that hold, at each place: its low byte, its high byte, and the complement of the low one."""
-    low = bytes(range(256)) * (WINDOW // 256)
-    high = b"".join(bytes([number]) * 256 for number in range(WINDOW // 256))
-    return low, high, bytes(255 - byte for byte in low)
 
 
 class Stop(Enum):

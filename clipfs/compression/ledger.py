@@ -1,7 +1,7 @@
 """What a scan keeps while it passes over a layer: its place in the blob, the span under way, and those that are done.
 
 This module does not know codecs; `spans` tells it where decoding can begin and which bytes came out. Digests are taken,
-and windows made sparse, in a thread of their own, which never falls far behind.
+windows made sparse, and their costs judged, in a thread of their own, which never falls far behind.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from clipfs.compression.deflate import REACH, sparse_window
+from clipfs.compression.windows import REACH, sparse_window, window_cost
 from clipfs.format.container import Span
 
 # What small reads in sequence are served from.
 _READ = 1 << 20
+
+# Compressed bytes by which the cost of a window is judged.
+_SAMPLE = 16 << 10
 
 # Pieces of work that the hashing thread may be behind: 8 MiB of chunks.
 _BACKLOG = 8
@@ -49,6 +52,10 @@ class Region:
             self._buffer, self._start, at = os.pread(self.descriptor, length, self.offset + start), start, 0
         return self._buffer[at : at + count]
 
+    def peek(self, start: int, count: int) -> bytes:
+        """The same, for other threads: past the buffer."""
+        return os.pread(self.descriptor, min(self.size - start, count), self.offset + start)
+
 
 class Ledger:
     """The spans, in order. `length` is how much the one under way holds."""
@@ -79,7 +86,7 @@ class Ledger:
         if not self.length:
             self._seek = seek
 
-    def add(self, chunk: bytes) -> None:
+    def add(self, chunk: bytes | bytearray) -> None:
         """The next decoded bytes."""
         self.length += len(chunk)
         self._submit(self._thread.submit(self._hash.update, chunk))
@@ -100,6 +107,10 @@ class Ledger:
         self.length = 0
         self._hash = hashlib.sha256()
 
+    def cost(self, seek: Seek) -> Future[int]:
+        """What it takes to keep the window of a place where decoding can begin, by `window_cost`."""
+        return self._thread.submit(self._cost, seek)
+
     def spans(self) -> list[Span]:
         return [job.result() for job in self._done]
 
@@ -111,10 +122,13 @@ class Ledger:
         if len(self._behind) > _BACKLOG:
             self._behind.popleft().result()
 
+    def _cost(self, seek: Seek) -> int:
+        head = self._region.peek(seek.start, _SAMPLE) if seek.window else b""
+        return window_cost(seek.window, seek.bit, head)
+
     def _span(self, seek: Seek, end: int, position: int, length: int, digest: Any) -> Span:
         if seek.window is not self._sparse[0]:
             # All pieces that begin there share it, and some are shorter than what may refer to it.
-            region = self._region
-            head = os.pread(region.descriptor, min(region.size - seek.start, REACH), region.offset + seek.start)
+            head = self._region.peek(seek.start, REACH)
             self._sparse = seek.window, sparse_window(seek.window, seek.bit, head) if seek.window else b""
         return Span(seek.start, end, position, length, digest.digest(), seek.bit, seek.skip, self._sparse[1])

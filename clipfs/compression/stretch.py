@@ -1,0 +1,139 @@
+"""Where the next span of a gzip layer begins: at the first place where decoding could whose window is cheap.
+
+This module owns that choice, and what has to be kept until it is made: all that was decoded since the last span began.
+A span that has become as long as it may is ended at the best of the places that were passed, and the rest begins the
+next one. Nothing is decoded here; what a window costs the ledger finds out, while decoding goes on.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+from clipfs.compression.ledger import Ledger, Seek
+from clipfs.format.container import SPAN
+
+# What a span may cost in the index, its window and records, as a share of the compressed bytes that it stands for.
+# With it, the spans of a 260 MB image were half as long as when they were cut every 4 MiB wherever that was, and cost
+# as much: there is a place every 80 KB of usual data, and at one in ten hardly anything refers to the window.
+_BUDGET = 0.0025
+
+# No span is ended before it has this share of its size, however cheaply: records cost, too.
+_SOONEST = 1 / 8
+
+# Of places that are nearer to one another than this share of a span, one is looked at: it is kept with its window.
+_SPACING = 1 / 32
+
+# A span ends, however little it holds, once it takes this many times as many compressed bytes as it should hold.
+DENSITY = 2
+
+# Where there is no place to begin the next span, pieces are this many times as long.
+_PATIENCE = 4
+
+
+class _Run:
+    """Decoded bytes, and where decoding can begin behind them, if that is worth a look."""
+
+    def __init__(self, end: int = 0) -> None:
+        self.data = bytearray()
+        self.stop = 0  # decoded bytes of the layer up to here
+        self.end = end  # the compressed byte that a span which ends here needs no more
+        self.seek: Seek | None = None
+        self.cost: Future[int] | None = None  # of the window there
+
+
+class Stretch:
+    """What was decoded since the last span began, on its way to the ledger.
+
+    size: decoded bytes of a span at most, if there is a place to end it. piece: of one of its pieces, about.
+    """
+
+    def __init__(self, ledger: Ledger, size: int, piece: int) -> None:
+        self._ledger, self._size, self.piece = ledger, size, piece
+        self._runs = [_Run()]
+        self._start = self._stop = 0  # decoded bytes of the layer before the span, and up to here
+        self._latest: _Run | None = None
+        self._due: _Run | None = None
+        # How far the span had come at the last place that was looked at, by whether there was a window: those without
+        # cost nothing, and are looked at whatever is near them.
+        self._seen = {True: 0.0, False: 0.0}
+
+    def add(self, chunk: bytes, end: int) -> None:
+        """The next decoded bytes. end: the compressed byte that a span which ends behind them needs no more."""
+        run = self._runs[-1]
+        if run.seek is not None or len(run.data) >= self.piece:
+            run = _Run()
+            self._runs.append(run)
+        run.data += chunk
+        self._stop += len(chunk)
+        run.stop, run.end = self._stop, end
+
+    def wants(self, position: int, *, window: bool) -> bool:
+        """Is it worth a look that decoding can begin at compressed byte `position`, with a window or without?"""
+        if self._stop == self._start and not window:
+            return True
+        come = self._come(self._stop, position)
+        return come >= _SOONEST and come - self._seen[window] >= _SPACING
+
+    def place(self, seek: Seek) -> None:
+        """Decoding can begin behind what was added."""
+        if self._stop == self._start:
+            self._ledger.begin(seek)
+            return
+        self._seen[bool(seek.window)] = self._come(self._stop, seek.start)
+        run = self._runs[-1]
+        run.seek, run.cost = seek, self._ledger.cost(seek)
+        self._due, self._latest = self._latest, run
+
+    def settle(self, position: int) -> None:
+        """End the span if it is time to, decoding having come to compressed byte `position`.
+
+        A place is judged when the next one has come: until then nobody waits for what is to be found out about it, and
+        where spans begin does not depend on how long that takes.
+        """
+        due, self._due = self._due, None
+        if due is not None and self._price(due) <= _BUDGET:
+            self._cut(due)
+        if self._come(self._stop, position) >= 1:
+            places = [run for run in self._runs if run.seek is not None]
+            if places:
+                self._cut(min(reversed(places), key=self._price))
+            else:
+                self._pass_on(len(self._runs))
+
+    def finish(self) -> None:
+        """The layer has ended."""
+        self._ledger.cut(self._pass_on(len(self._runs)))
+
+    def _come(self, stop: int, position: int) -> float:
+        """How far a span has come that ends there, decoded and compressed, as a share of what it may have."""
+        return max((stop - self._start) / self._size, (position - self._ledger.start) / (DENSITY * self._size))
+
+    def _price(self, run: _Run) -> float:
+        """Bytes of the index for each compressed byte of the span, if it ends here."""
+        assert run.seek is not None
+        assert run.cost is not None
+        records = max(1, (run.stop - self._start) // self.piece) * SPAN.size
+        return (run.cost.result() + records) / max(1, run.seek.start - self._ledger.start)
+
+    def _cut(self, last: _Run) -> None:
+        """End the span behind this run, and begin the next one there."""
+        assert last.seek is not None
+        seek = last.seek
+        end = self._pass_on(self._runs.index(last) + 1)
+        # Less than where the input was for a decoder that looks ahead: what ends with a block needs nothing behind it.
+        self._ledger.cut(min(end, seek.start + (seek.bit > 0)))
+        self._ledger.begin(seek)
+        self._start, self._latest = last.stop, None
+        self._seen = {True: 0.0, False: 0.0}
+        for run in self._runs:
+            if run.seek is not None and self._come(run.stop, run.seek.start) < _SOONEST:
+                run.seek = run.cost = None
+
+    def _pass_on(self, count: int) -> int:
+        """Give the first runs to the ledger, in pieces; the compressed byte that they end with."""
+        passed, self._runs = self._runs[:count], self._runs[count:] or [_Run(self._runs[-1].end)]
+        for run in passed:
+            self._ledger.add(run.data)
+            if self._ledger.length >= self.piece * (_PATIENCE if self._ledger.run >= self._size else 1):
+                self._ledger.cut(run.end)
+        return passed[-1].end
