@@ -14,12 +14,13 @@ import errno
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import struct
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,9 +34,10 @@ _SHARE = 0.10
 # Eviction goes down to this share of the limit, so that it happens once for many spans.
 _LOW = 0.95
 
-# Files that are kept open, to spare opening and checking them for every block. One that another process evicts takes
-# its room until it is closed here, so these are few.
-_OPEN = 64
+# Files that are kept open, to spare opening and checking them for every block: of a cold disk that takes four turns, a
+# read takes one. What another process evicts takes its room until it is closed here, so they are so few that they
+# cannot have more than a share of the limit.
+_OPEN, _OPEN_SHARE, _OPEN_BYTES = 1024, 0.04, 512 << 10
 
 # A file's time says when it was last of use; renewing it more often than this (seconds) only costs time.
 _RENEWAL = 60
@@ -93,6 +95,7 @@ class DiskCache:
         self.directory = directory
         self.compress = compress
         self.dropped = 0
+        self.opened = 0  # files, because somebody read them
         self._complained = False
         self._lock = threading.Lock()
         self._open: OrderedDict[bytes, tuple[Entry, float]] = OrderedDict()
@@ -101,6 +104,7 @@ class DiskCache:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             room = os.statvfs(directory)
             self.limit = int(room.f_blocks * room.f_frsize * _SHARE) if limit is None else limit
+        self._most_open = max(16, min(_OPEN, int(self.limit * _OPEN_SHARE / _OPEN_BYTES)))
 
     # --- reading
 
@@ -123,31 +127,49 @@ class DiskCache:
         """Is the span here? Its blocks may still turn out to be damaged."""
         return self.get(digest, 0) is not None
 
+    def open_ahead(self, digests: Iterable[bytes]) -> None:
+        """Open the files of these spans that are here, as many as may be open, without counting it as a use. Blocks."""
+        for digest in digests:
+            with self._lock:
+                if len(self._open) >= self._most_open:
+                    return
+                if digest in self._open:
+                    continue
+            # What is wrong with one is found, and said, by who reads it.
+            with contextlib.suppress(OSError, DamagedError):
+                entry = Entry(self._descriptor(digest), digest)
+                with self._lock:
+                    # Due at once: its first use is one.
+                    self._open.setdefault(digest, (entry, -math.inf))
+
     def _entry(self, digest: bytes, wait: bool) -> Entry | None:
         now = time.monotonic()
         with self._lock:
-            found = self._open.get(digest)
-            if found is not None:
+            entry, due = self._open.get(digest, (None, 0.0))
+            if entry is not None:
                 self._open.move_to_end(digest)
-        if found is not None and now < found[1]:
-            return found[0]
+        if entry is not None and now < due:
+            return entry
         if not wait:
             raise WouldWaitError
-        path = self._path(digest)
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            with self._lock:
-                self._open.pop(digest, None)
-            return None
+        if entry is None or not entry.there:
+            try:
+                entry = Entry(self._descriptor(digest), digest)
+            except FileNotFoundError:
+                with self._lock:
+                    self._open.pop(digest, None)
+                return None
+            self.opened += 1
         with contextlib.suppress(OSError):
-            os.utime(descriptor)
-        entry = Entry(descriptor, digest)
+            entry.touch()
         with self._lock:
             self._open[digest] = entry, now + _RENEWAL
-            while len(self._open) > _OPEN:
+            while len(self._open) > self._most_open:
                 self._open.popitem(last=False)
         return entry
+
+    def _descriptor(self, digest: bytes) -> int:
+        return os.open(self._path(digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
 
     def _remove(self, digest: bytes) -> None:
         """Remove a file. Its span is fetched again as if it had never been here."""

@@ -10,6 +10,8 @@ looking for blocks and joining them.
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -40,6 +42,13 @@ _SHIFT = BLOCK.bit_length() - 1
 # Blocks that are decompressed on the loop rather than in a thread: each takes 0.04 ms, a thread and back twice
 # as much, and a read of 128 KiB that is not aligned has three.
 _AT_ONCE = 3
+
+# A disk that answers in less than this many seconds, on average of late, is waited for on the loop, for that reason.
+# Each answer counts for a tenth of the average, so that a slow one sends the next dozen to threads.
+_QUICK, _LATE = 0.0005, 0.1
+
+# Who reads from so many files of the cache is about to read from others: the rest of the image's is opened meanwhile.
+_MANY = 32
 
 # Bytes that read-ahead goes ahead at most: 64 MiB/s at a round trip of a quarter of a second.
 _LARGEST_WINDOW = 16 << 20
@@ -82,6 +91,8 @@ class BlockReader:
         self._plans: dict[int, tuple[list[int], list[Piece]]] = {}
         self._planned = 0  # pieces in them
         self._loading: dict[Key, trio.Event] = {}
+        self._disk_seconds = math.inf  # that it takes to answer
+        self._opening = False
         self._streams = Streams(min(_LARGEST_WINDOW, tiers.memory // _SHARE_AHEAD))
         #: The spans that readers needed, in the order in which they first did.
         self.wanted: dict[tuple[int, int], None] = {}
@@ -211,11 +222,23 @@ class BlockReader:
             try:
                 found |= self._keep(self._look_up(disk, rest, wait=False))
             except WouldWaitError:
-                found |= await self._load(disk, rest)
+                # If others wait, too, threads are better: a disk can do several things at a time.
+                if self._disk_seconds < _QUICK and not self._loading:
+                    found |= self._keep(self._look_up(disk, rest))
+                else:
+                    found |= await self._load(disk, rest)
         else:
             found |= await self._load(disk, rest)
+        if disk.opened >= _MANY and not self._opening and self._nursery is not None:
+            self._opening = True
+            self._nursery.start_soon(self._open_ahead, disk)
         blocks.update(found)
         return [key for key in rest if key not in found]
+
+    async def _open_ahead(self, disk: DiskCache) -> None:
+        spans = (layer.spans for layer in self._index.layers)
+        digests = (each.digest(number) for each in spans for number in range(len(each)))
+        await trio.to_thread.run_sync(disk.open_ahead, digests, abandon_on_cancel=True)
 
     async def _loaded(self, keys: list[Key]) -> None:
         """Wait for those blocks that somebody else is loading from the disk."""
@@ -242,12 +265,17 @@ class BlockReader:
         return found
 
     def _look_up(self, disk: DiskCache, keys: list[Key], wait: bool = True) -> dict[Key, bytes]:
+        """What the disk has of these. wait: else WouldWaitError, if it has to be waited for."""
+        began = time.perf_counter()
         found = {}
         for key in keys:
             layer, number, at = key
             block = disk.get(self._index.layers[layer].spans.digest(number), at, wait=wait)
             if block is not None:
                 found[key] = block
+        if wait and len(keys) <= _AT_ONCE:
+            seconds, average = time.perf_counter() - began, self._disk_seconds
+            self._disk_seconds = seconds if math.isinf(average) else average + (seconds - average) * _LATE
         return found
 
     # --- ahead of the reader

@@ -14,7 +14,9 @@ import errno
 import os
 import struct
 import threading
+from array import array
 from collections.abc import Sequence
+from itertools import accumulate
 
 import zstandard
 from isal import isal_zlib
@@ -32,6 +34,9 @@ _LEVEL = 1
 
 # More than the largest span has blocks.
 _MAX_BLOCKS = 1 << 16
+
+# Holds the table of a span of 31 MiB.
+_AT_FIRST = 4096
 
 _local = threading.local()
 
@@ -64,42 +69,51 @@ def _squeezed(block: bytes) -> bytes:
 
 
 class Entry:
-    """A file of blocks, open. It stays readable when it is removed, until nobody refers to it any more."""
+    """A file of blocks, open. It stays readable when it is removed, until nobody refers to it any more.
+
+    What is held of its table is 16 bytes a block: hundreds of them are open in a process.
+    """
 
     def __init__(self, descriptor: int, digest: bytes) -> None:
         """Takes the descriptor over. DamagedError if the head is not that of a file for `digest`."""
         self._descriptor = descriptor
-        head = os.pread(descriptor, _HEAD.size, 0)
+        # Head and table in one go, as good as always: a cold disk takes its time for each.
+        head = os.pread(descriptor, _AT_FIRST, 0)
         if len(head) < _HEAD.size:
             raise DamagedError
-        magic, version, block, self.length, found = _HEAD.unpack(head)
+        magic, version, block, self.length, found = _HEAD.unpack_from(head)
         if magic == _MAGIC and (version, block) != (_VERSION, BLOCK):
             raise OutdatedError
         if (magic, found) != (_MAGIC, digest) or self.length > _MAX_BLOCKS * BLOCK:
             raise DamagedError
-        count = -(-self.length // BLOCK)
-        table = os.pread(descriptor, count * _ROW.size + _CRC.size, _HEAD.size)
-        at = _HEAD.size + count * _ROW.size
-        if len(table) != count * _ROW.size + _CRC.size:
+        at = _HEAD.size + -(-self.length // BLOCK) * _ROW.size
+        if len(head) < at + _CRC.size:
+            head = os.pread(descriptor, at + _CRC.size, 0)
+        if len(head) < at + _CRC.size or isal_zlib.crc32(head[:at]) != _CRC.unpack_from(head, at)[0]:
             raise DamagedError
-        if isal_zlib.crc32(head + table[: -_CRC.size]) != _CRC.unpack_from(table, count * _ROW.size)[0]:
-            raise DamagedError
-        at += _CRC.size
-        self._rows: list[tuple[int, int, int]] = []
-        for size, crc in _ROW.iter_unpack(table[: -_CRC.size]):
-            self._rows.append((at, size, crc))
-            at += size
+        rows = struct.unpack(f"<{(at - _HEAD.size) // 4}I", head[_HEAD.size : at])
+        self._sizes, self._crcs = array("I", rows[::2]), array("I", rows[1::2])
+        self._offsets = array("Q", accumulate(self._sizes, initial=at + _CRC.size))
 
     def __del__(self) -> None:
         os.close(self._descriptor)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._sizes)
+
+    @property
+    def there(self) -> bool:
+        """Has it still a name? Not after it was evicted, or replaced by another."""
+        return os.fstat(self._descriptor).st_nlink > 0
+
+    def touch(self) -> None:
+        """It is of use now."""
+        os.utime(self._descriptor)
 
     def read(self, number: int, *, wait: bool) -> bytes:
         """Block `number`. DamagedError if it is not what was written; WouldWaitError as `wait` has it."""
         try:
-            offset, size, crc = self._rows[number]
+            offset, size, crc = self._offsets[number], self._sizes[number], self._crcs[number]
         except IndexError:
             raise DamagedError from None
         data = os.pread(self._descriptor, size, offset) if wait else self._cached(size, offset)
