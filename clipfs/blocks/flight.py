@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from itertools import groupby
 from typing import Protocol
 
 import trio
@@ -71,10 +73,19 @@ def neighbours(flights: list[Flight]) -> list[list[Flight]]:
     return groups
 
 
+def of_each_frame(group: list[Flight]) -> Iterator[list[Flight]]:
+    """The flights of a group that are decoded together."""
+    for _, flights in groupby(group, key=lambda flight: (flight.span.start, flight.span.position - flight.span.skip)):
+        yield list(flights)
+
+
 def _together(first: Flight, last: Flight, flight: Flight) -> bool:
     if last.layer != flight.layer or last.number >= flight.number:
         return False
-    if last.forward or flight.forward:
-        return last.forward and last.span.start == flight.span.start
     start, end = flight.span.start, flight.span.end
+    if last.forward and flight.forward and last.span.start == start:
+        return True
+    # In the middle of another frame: what is needed depends on how far that has been decoded.
+    if flight.span.skip:
+        return False
     return first.span.start <= start <= last.span.end + _GAP and end - first.span.start <= RANGE

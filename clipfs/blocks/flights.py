@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
 
 import trio
 
 from clipfs.blocks.cache import MemoryCache
 from clipfs.blocks.counters import Counters
 from clipfs.blocks.disk import Claim, DiskCache
-from clipfs.blocks.flight import RANGE, Flight, SpanFetcher, neighbours
-from clipfs.blocks.frames import Frames
+from clipfs.blocks.flight import RANGE, Flight, SpanFetcher, neighbours, of_each_frame
+from clipfs.blocks.frames import Frame, Frames
 from clipfs.blocks.journal import Journal
 from clipfs.blocks.keeper import Keeper
 from clipfs.blocks.plan import BLOCK, LayerView, blocks_of
@@ -111,7 +113,9 @@ class Flights:
                     claims, others = await trio.to_thread.run_sync(self._claim, group, limiter=self.decoders)
                     mine = [flight for flight in group if flight.number in claims and not flight.landed]
                 try:
-                    await self._bring(mine, claims, why)
+                    # What others brought meanwhile may have left gaps.
+                    for part in neighbours(mine):
+                        await self._bring(part, claims, why)
                 finally:
                     for claim in claims.values():
                         claim.release()
@@ -174,17 +178,27 @@ class Flights:
     # --- fetching and decoding
 
     async def _bring(self, group: list[Flight], claims: dict[int, Claim], why: str) -> None:
-        if not group:
-            return
-        if group[0].forward:
-            await self._bring_forward(group, claims, why)
-            return
-        start, end = group[0].span.start, max(flight.span.end for flight in group)
-        view = memoryview(await self._fetch(group, start, end, why))
-        async with trio.open_nursery() as nursery:
-            for flight in group:
-                data = view[flight.span.start - start : flight.span.end - start]
-                nursery.start_soon(self._decode, flight, data, claims, why)
+        """Fetch spans that lie together as one range, and decode them: those of one frame one after the other."""
+        jobs: list[tuple[int, int, Callable[[memoryview], Awaitable[None]]]] = []
+        async with AsyncExitStack() as stack:
+            for flights in of_each_frame(group):
+                if not flights[0].forward:
+                    span = flights[0].span
+                    jobs.append((span.start, span.end, partial(self._decode, flights[0], claims, why)))
+                    continue
+                # In ascending order, so that no two who take several wait for each other.
+                frame = await stack.enter_async_context(self._frames.at(flights[0].layer, flights[0].number))
+                missing = [flight for flight in flights if not flight.landed]
+                if missing:
+                    numbers, start, end = frame.next(missing[0].number, missing[-1].number, RANGE)
+                    jobs.append((start, end, partial(self._decode_forward, frame, missing, numbers, claims, why)))
+            if not jobs:
+                return
+            start = min(start for start, _, _ in jobs)
+            view = memoryview(await self._fetch(group, start, max(end for _, end, _ in jobs), why))
+            async with trio.open_nursery() as nursery:
+                for first, end, decode_it in jobs:
+                    nursery.start_soon(decode_it, view[first - start : end - start])
 
     async def _fetch(self, group: list[Flight], start: int, end: int, why: str) -> bytes:
         layer, began = group[0].layer, time.monotonic()
@@ -197,7 +211,7 @@ class Flights:
         self._journal.fetched(layer, group[0].number, group[-1].number, len(data), time.monotonic() - began, why)
         return data
 
-    async def _decode(self, flight: Flight, data: memoryview, claims: dict[int, Claim], why: str) -> None:
+    async def _decode(self, flight: Flight, claims: dict[int, Claim], why: str, data: memoryview) -> None:
         try:
             try:
                 blocks = await self._decoded(flight, data)
@@ -224,14 +238,16 @@ class Flights:
         self._counters.decoded(flight.span.length)
         return blocks
 
-    async def _bring_forward(self, group: list[Flight], claims: dict[int, Claim], why: str) -> None:
-        """Spans of one long frame. Those that decoding passes on its way land too, or are kept for later."""
-        layer, last, distrusted = group[0].layer, group[-1].number, False
-        async with self._frames.at(layer, group[0].number) as frame:
-            while any(not flight.landed for flight in group):
-                frame.begin_before(min(flight.number for flight in group if not flight.landed))
-                numbers, start, end = frame.stretch(last, RANGE)
-                data = await self._fetch(group, start, end, why)
+    async def _decode_forward(
+        self, frame: Frame, flights: list[Flight], numbers: range, claims: dict[int, Claim], why: str, data: memoryview
+    ) -> None:
+        """Spans of one frame, whose lock we have. Those that decoding passes on its way land too, or are kept.
+
+        data: the bytes that the frame needs for spans `numbers`; what others need is fetched.
+        """
+        layer, last, distrusted = flights[0].layer, flights[-1].number, False
+        try:
+            while True:
                 try:
                     found = await trio.to_thread.run_sync(frame.decode, data, numbers, limiter=self.decoders)
                 except IntegrityError as error:
@@ -240,10 +256,17 @@ class Flights:
                         raise
                     distrusted = True
                     self._distrust(layer, numbers.start, error)
-                    continue
-                for number, blocks in found:
-                    self._counters.decoded(sum(map(len, blocks)))
-                    await self._passed(layer, number, blocks, claims.pop(number, None))
+                else:
+                    for number, blocks in found:
+                        self._counters.decoded(sum(map(len, blocks)))
+                        await self._passed(layer, number, blocks, claims.pop(number, None))
+                missing = [flight for flight in flights if not flight.landed]
+                if not missing:
+                    return
+                numbers, start, end = frame.next(missing[0].number, last, RANGE)
+                data = memoryview(await self._fetch(missing, start, end, why))
+        except Exception as error:  # noqa: BLE001  raised again by everybody who waits
+            self._end(flights, error)
 
     async def _passed(self, layer: int, number: int, blocks: list[bytes], claim: Claim | None) -> None:
         flight = self._flights.get((layer, number))

@@ -34,24 +34,20 @@ class Frame:
         self._next = self._numbers.start
         self._forward = Forward(self._codec, self._spans[self._next])
 
-    def begin_before(self, number: int) -> None:
-        """Make sure that span `number` is still to come."""
-        if number < self._next:
+    def next(self, first: int, last: int, most: int) -> tuple[range, int, int]:
+        """What to decode for spans `first` to `last`, or for the first of them if all need much more than `most`
+        compressed bytes: spans, and the bytes [start, end) that they need. It begins where decoding has come to."""
+        if first < self._next:
             self._begin()
-
-    def stretch(self, last: int, most: int) -> tuple[range, int, int]:
-        """What to decode next: spans up to `last`, of about `most` compressed bytes, and the bytes [start, end) that
-        they need."""
-        first = self._spans[self._next]
-        start = first.start if self._next == self._numbers.start else self._spans[self._next - 1].end
-        stop, end = self._next + 1, first.end
+        start = self._spans[self._next].start if self._next == self._numbers.start else self._spans[self._next - 1].end
+        stop, end = self._next + 1, self._spans[self._next].end
         while stop <= last and self._spans[stop].end - start <= most:
             end = self._spans[stop].end
             stop += 1
         return range(self._next, stop), start, end
 
-    def decode(self, data: bytes, numbers: range) -> list[tuple[int, list[bytes]]]:
-        """In a thread: the blocks of these spans, from the bytes that `stretch` asked for."""
+    def decode(self, data: bytes | memoryview, numbers: range) -> list[tuple[int, list[bytes]]]:
+        """In a thread: the blocks of these spans, from the bytes that `next` asked for."""
         found, view, at = [], memoryview(data), 0
         start = self._spans[numbers[-1]].end - len(data)
         try:

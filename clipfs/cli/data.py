@@ -108,7 +108,7 @@ async def _decoded(index: Index, fetcher: Fetcher, number: int, numbers: range) 
         return
     frame, at = Frame(layer.codec, layer.spans, numbers), numbers.start
     while at < numbers.stop:
-        stretch, start, end = frame.stretch(numbers[-1], RANGE)
+        stretch, start, end = frame.next(at, numbers[-1], RANGE)
         data = await fetcher.fetch(number, start, end)
         for _, blocks in await trio.to_thread.run_sync(frame.decode, data, stretch):
             yield sum(map(len, blocks))
