@@ -395,6 +395,30 @@ class TestBadDisks:
         keep(cache, 2)
 
 
+async def test_what_comes_faster_than_it_can_be_compressed_is_written_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, zeros = DiskCache(tmp_path / "cache", 1 << 30), [[bytes([number]) * BLOCK] * 8 for number in range(20)]
+    monkeypatch.setattr(keeper, "_BEHIND", 4 * 8 * BLOCK)
+    writer, gate = keeper.Keeper(), threading.Event()
+
+    def wait() -> None:
+        gate.wait(SECONDS)
+
+    with trio.fail_after(SECONDS):
+        await writer._do(b"", [], wait)
+        for blocks in zeros:
+            claim = cache.claim(hashlib.sha256(b"".join(blocks)).digest())
+            assert claim is not None
+            await writer.keep(claim, blocks)
+            assert writer.unwritten(claim.digest, 7) == blocks[7], "nobody has to fetch it again meanwhile"
+        gate.set()
+        await trio.to_thread.run_sync(writer.close)
+    assert sorted(stored.size < BLOCK for stored in cache.stored()) == [False] * 16 + [True] * 4
+    for blocks in zeros:
+        assert everything(cache, hashlib.sha256(b"".join(blocks)).digest(), 8) == blocks
+
+
 async def test_many_wait_for_room_and_all_get_it(cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is forgotten who has to wait for the writer."""
     monkeypatch.setattr(keeper, "_BACKLOG", BLOCK)

@@ -65,14 +65,15 @@ class Claim:
     """The right, and the duty, to fetch a span: `keep` its blocks or `release` it. Both end it."""
 
     def __init__(self, cache: DiskCache, digest: bytes, path: Path | None, descriptor: int) -> None:
-        self._cache, self._digest, self._path, self._descriptor = cache, digest, path, descriptor
+        self.digest = digest
+        self._cache, self._path, self._descriptor = cache, path, descriptor
 
-    def keep(self, blocks: Sequence[bytes]) -> None:
-        """Write them, and let others find them. Blocks; for a worker thread."""
+    def keep(self, blocks: Sequence[bytes], *, compress: bool = True) -> None:
+        """Write them, compressed if the cache is, and let others find them. Blocks; for a worker thread."""
         if self._path is None:
             return
         with self._cache.aided():
-            pieces = pack(self._digest, blocks, compress=self._cache.compress)
+            pieces = pack(self.digest, blocks, compress=self._cache.compress and compress)
             self._cache.write(self._descriptor, pieces, self._path)
         self.release()
 

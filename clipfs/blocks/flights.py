@@ -59,7 +59,7 @@ class Flights:
         self._ranges_ahead = trio.CapacityLimiter(_RANGES_AHEAD)
         # zstandard, isal and hashlib let go of the interpreter while they work.
         self.decoders = trio.CapacityLimiter(max(2, min(os.cpu_count() or 1, 4)))
-        self._keeper = Keeper()
+        self.keeper = Keeper()
         self._waiters = trio.CapacityLimiter(64)
         self._nursery: trio.Nursery | None = None
         self._urgent = 0
@@ -71,7 +71,7 @@ class Flights:
 
     def close(self) -> None:
         """Write to the disk what is still to be written."""
-        self._keeper.close()
+        self.keeper.close()
 
     async def calm(self) -> None:
         """Return when nobody waits for a span."""
@@ -225,7 +225,7 @@ class Flights:
             return
         self._land(flight, blocks)
         if flight.number in claims:
-            await self._keeper.keep(claims.pop(flight.number), blocks)
+            await self.keeper.keep(claims.pop(flight.number), blocks)
 
     def _distrust(self, layer: int, number: int, error: IntegrityError) -> None:
         self._counters.refetched()
@@ -275,9 +275,9 @@ class Flights:
         else:
             self._remember(layer, number, blocks)
         if claim is not None:
-            await self._keeper.keep(claim, blocks)
+            await self.keeper.keep(claim, blocks)
         elif self._disk is not None:
-            await self._keeper.keep_unclaimed(self._disk, self._layers[layer].spans.digest(number), blocks)
+            await self.keeper.keep_unclaimed(self._disk, self._layers[layer].spans.digest(number), blocks)
 
     # --- the end of a flight
 

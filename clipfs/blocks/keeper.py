@@ -1,7 +1,8 @@
 """Writes spans to the disk cache behind everybody's back: in one thread, of low priority.
 
-Compressing for the disk costs a third of what decoding does, and nobody waits for it. What is yet to be written is
-bounded in bytes; who brings more waits until there is room.
+Compressing for the disk costs as much as decoding does, and nobody waits for it. What is yet to be written can be read
+here, and is bounded in bytes. Where more comes than can be compressed, it is written as it is, which takes a quarter of
+the time; who brings even more waits until there is room.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import trio
 
@@ -18,6 +20,9 @@ from clipfs.blocks.disk import Claim, DiskCache
 
 # Decoded bytes that may wait to be written: what read-ahead may be ahead, twice.
 _BACKLOG = 32 << 20
+
+# With so many, what comes is not compressed.
+_BEHIND = 8 << 20
 
 # As `nice` has it: whoever waits for a read comes first.
 _NICE = 10
@@ -29,29 +34,39 @@ class Keeper:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "clipfs-keeper", initializer=_give_way)
         self._backlog = 0
+        self._unwritten: dict[bytes, Sequence[bytes]] = {}
         self._room = trio.Event()
 
     async def keep(self, claim: Claim, blocks: Sequence[bytes]) -> None:
         """See to it that the span is written and its claim ends; returns when there is room for more."""
-        if not await self._do(lambda: claim.keep(blocks), sum(map(len, blocks))):
+        if not await self._do(claim.digest, blocks, partial(claim.keep, blocks, compress=self._backlog < _BEHIND)):
             claim.release()
 
     async def keep_unclaimed(self, cache: DiskCache, digest: bytes, blocks: Sequence[bytes]) -> None:
         """The same for a span that came without being asked for, unless somebody else is at it."""
 
+        compress = self._backlog < _BEHIND
+
         def keep() -> None:
             claim = None if cache.has(digest) else cache.claim(digest)
             if claim is not None:
-                claim.keep(blocks)
+                claim.keep(blocks, compress=compress)
 
-        await self._do(keep, sum(map(len, blocks)))
+        await self._do(digest, blocks, keep)
 
-    async def _do(self, work: Callable[[], None], size: int) -> bool:
-        token = trio.lowlevel.current_trio_token()
+    def unwritten(self, digest: bytes, number: int) -> bytes | None:
+        """Block `number` of a span that is yet to be written. It may be neither in memory nor on the disk."""
+        blocks = self._unwritten.get(digest)
+        return None if blocks is None or number >= len(blocks) else blocks[number]
+
+    async def _do(self, digest: bytes, blocks: Sequence[bytes], work: Callable[[], None]) -> bool:
+        token, size = trio.lowlevel.current_trio_token(), sum(map(len, blocks))
         self._backlog += size
+        self._unwritten[digest] = blocks
 
         def written() -> None:
             self._backlog -= size
+            self._unwritten.pop(digest, None)
             # Everybody who waits looks again; whoever waits from now on waits for the next one.
             self._room.set()
             self._room = trio.Event()

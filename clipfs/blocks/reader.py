@@ -216,7 +216,7 @@ class BlockReader:
     async def _from_disk(self, disk: DiskCache, keys: list[Key], blocks: dict[Key, bytes]) -> list[Key]:
         """Take what the disk has into `blocks` and into memory. Returns the keys of what it has not."""
         await self._loaded(keys)
-        found = {key: block for key in keys if (block := self._cache.get(key)) is not None}
+        found = {key: block for key in keys if (block := self._cache.get(key) or self._unwritten(key)) is not None}
         rest = [key for key in keys if key not in found]
         if len(rest) <= _AT_ONCE:
             try:
@@ -239,6 +239,10 @@ class BlockReader:
         spans = (layer.spans for layer in self._index.layers)
         digests = (each.digest(number) for each in spans for number in range(len(each)))
         await trio.to_thread.run_sync(disk.open_ahead, digests, abandon_on_cancel=True)
+
+    def _unwritten(self, key: Key) -> bytes | None:
+        layer, number, at = key
+        return self.flights.keeper.unwritten(self._index.layers[layer].spans.digest(number), at)
 
     async def _loaded(self, keys: list[Key]) -> None:
         """Wait for those blocks that somebody else is loading from the disk."""
