@@ -21,7 +21,7 @@ _BUDGET = 0.0025
 _SOONEST = 1 / 8
 
 # Of places that are nearer to one another than this share of a span, one is looked at: it is kept with its window.
-_SPACING = 1 / 32
+_SPACING = 1 / 64
 
 # A span ends, however little it holds, once it takes this many times as many compressed bytes as it should hold.
 DENSITY = 2
