@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -65,6 +68,124 @@ async def test_what_is_not_readable_is_waited_for(stand_in: loop._Trio) -> None:
     finally:
         os.close(reading)
         os.close(writing)
+
+
+async def test_who_waits_keeps_nobody_else_waiting(stand_in: loop._Trio) -> None:
+    """It may wait in the kernel, and returns for whatever trio has to do: threads, deadlines, descriptors."""
+    reading, writing = os.pipe()
+    other, told = os.pipe()
+    done: list[str] = []
+    limit = trio.Event()
+
+    async def serve() -> None:
+        lock = stand_in.Lock()
+        while True:
+            async with lock:
+                await stand_in.lowlevel.wait_readable(reading)
+            os.read(reading, 1)
+            done.append("request")
+
+    async def thread() -> None:
+        for _ in range(3):
+            await trio.to_thread.run_sync(time.sleep, 0.01)
+        done.append("thread")
+
+    async def deadline() -> None:
+        for _ in range(3):
+            await trio.sleep(0.01)
+        done.append("deadline")
+        limit.set()
+
+    async def descriptor() -> None:
+        await trio.lowlevel.wait_readable(other)
+        done.append("descriptor")
+
+    def tell() -> None:
+        time.sleep(0.02)
+        os.write(writing, b"x")
+        time.sleep(0.02)
+        os.write(told, b"x")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve)
+        await trio.testing.wait_all_tasks_blocked()
+        assert stand_in.lowlevel._blocking, "this trio has its epoll elsewhere"
+        with trio.fail_after(SECONDS):
+            async with trio.open_nursery() as others:
+                for each in (thread, deadline, descriptor):
+                    others.start_soon(each)
+                others.start_soon(trio.to_thread.run_sync, tell)
+            await limit.wait()
+        nursery.cancel_scope.cancel()
+    for end in (reading, writing, other, told):
+        os.close(end)
+    assert sorted(done) == ["deadline", "descriptor", "request", "thread"]
+
+
+async def test_requests_in_a_row_are_one_turn_of_trio(stand_in: loop._Trio) -> None:
+    """As long as nobody else has anything to do, also when each request comes a while after the last answer."""
+    ours, theirs = socket.socketpair()
+    steps = []
+
+    class Counting(trio.abc.Instrument):
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            steps.append(task)
+
+    async def serve() -> None:
+        lock = stand_in.Lock()
+        for _ in range(10 * loop._IN_A_ROW):
+            async with lock:
+                await stand_in.lowlevel.wait_readable(ours.fileno())
+            ours.send(ours.recv(1))
+
+    def ask() -> None:
+        for _ in range(10 * loop._IN_A_ROW):
+            theirs.send(b"x")
+            assert theirs.recv(1) == b"x"
+
+    with ours, theirs:
+        client = threading.Thread(target=ask)
+        trio.lowlevel.add_instrument(Counting())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            await trio.testing.wait_all_tasks_blocked()
+            steps.clear()
+            client.start()
+        client.join()
+    assert 10 <= len(steps) <= 30
+
+
+async def test_without_trio_s_epoll_it_waits_as_trio_does(
+    stand_in: loop._Trio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_events", lambda: None)
+    reading, writing = os.pipe()
+    async with trio.open_nursery() as nursery, stand_in.Lock():
+        nursery.start_soon(trio.to_thread.run_sync, os.write, writing, b"x")
+        await stand_in.lowlevel.wait_readable(reading)
+    assert not stand_in.lowlevel._blocking
+    os.close(reading)
+    os.close(writing)
+
+
+async def test_a_lock_is_for_others_when_its_owner_steps_aside(stand_in: loop._Trio) -> None:
+    lock, order = stand_in.Lock(), []
+
+    async def take(name: str) -> None:
+        for _ in range(3):
+            async with lock:
+                order.append(name)
+        await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        async with lock:
+            for name in "abc":
+                nursery.start_soon(take, name)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not order
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert "".join(order) in {a * 3 + b * 3 + c * 3 for a, b, c in itertools.permutations("abc")}
 
 
 async def test_a_lock_is_one(stand_in: loop._Trio) -> None:
