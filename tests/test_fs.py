@@ -150,6 +150,15 @@ async def test_xattrs(fs: ClipFS) -> None:
     assert await fs.listxattr(pyfuse3.ROOT_INODE, NOBODY) == []
 
 
+async def test_where_no_inode_has_xattrs_the_kernel_is_told_not_to_ask(index: Index, reader: Reader) -> None:
+    fs = ClipFS(index, reader, xattrs=False)
+    for name in (b"security.capability", b"system.posix_acl_access"):
+        with pytest.raises(FUSEError) as caught:
+            await fs.getxattr(pyfuse3.ROOT_INODE, name, NOBODY)
+        assert caught.value.errno == errno.ENOSYS
+    assert await fs.listxattr(pyfuse3.ROOT_INODE, NOBODY) == []
+
+
 async def test_statfs_is_a_full_file_system(fs: ClipFS, index: Index) -> None:
     data = await fs.statfs(NOBODY)
     assert (data.f_bsize * data.f_blocks, data.f_bfree, data.f_bavail) == (index.data_size, 0, 0)

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import mmap
 import os
+import shutil
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -319,6 +320,32 @@ def test_a_file_read_again_costs_an_open(counted_view: Path, requests: Requests)
     assert first["read"] <= len(BIG) // (128 << 10) + 2
     assert (counted_view / "big").read_bytes() == BIG
     assert requests.fresh() == {"open": 1}
+
+
+def test_xattrs_that_no_file_has_are_asked_for_once(requests: Requests, tmp_path: Path, public: Path) -> None:
+    """Also by the next mount of the clip, which does not look at every inode; and nobody sees a difference."""
+    require_root()
+    require_programs("getfattr")
+    tar = Tar().dir("d").file("d/program", Path("/bin/true").read_bytes(), mode=0o755).file("d/f", b"f", mode=0o640)
+    clip = tmp_path / "plain.clip"
+    clipfs.build(LayoutBuilder(tmp_path / "oci").layer(tar.member("d/l", typeflag=b"2", link="f")).write(), clip)
+    for _ in range(2):
+        with clipfs.mount(clip, public, MountOptions(view="fuse")):
+            assert run("ls", "-lR", public).returncode == 0
+            for command in (("ls", "-lR", "d"), ("cp", "-a", "d", tmp_path / "copy"), ("d/program",)):
+                requests.fresh()
+                assert run("env", "-C", public, *command).returncode == 0
+                assert "getxattr" not in requests.fresh()
+            assert os.listxattr(public / "d/f") == []
+            with pytest.raises(OSError, match="not supported"):
+                os.getxattr(public / "d/f", "security.capability")
+            with pytest.raises(OSError, match="No data"):
+                os.getxattr(public / "d/f", "system.posix_acl_access")
+            done = run("getfattr", "-R", "-d", "-m", "-", public)
+            assert (done.returncode, done.stderr) == (0, "")
+            assert run(*AS_NOBODY, public / "d/program").returncode == 0
+            assert run(*AS_NOBODY, "cat", public / "d/f").returncode != 0
+        shutil.rmtree(tmp_path / "copy")
 
 
 def test_somebody_else_asks_no_more_than_root(counted_view: Path, requests: Requests) -> None:

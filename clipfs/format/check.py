@@ -91,9 +91,14 @@ def check_extents(extents: ExtentTable, layers: Sequence[Layer], data_size: int,
         raise FormatError(f"{name} is damaged: its extents go on where the data space has ended")
 
 
-def check_tree(tree: Metadata, name: str) -> None:
-    """Every inode that can be reached, every entry of every directory, and that the counts are right."""
-    _Tree(tree, name).run()
+def check_tree(tree: Metadata, name: str) -> bool:
+    """Every inode that can be reached, every entry of every directory, and that the counts are right.
+
+    Says whether any inode has xattrs.
+    """
+    walk = _Tree(tree, name)
+    walk.run()
+    return walk.xattrs
 
 
 class _Tree:
@@ -108,6 +113,8 @@ class _Tree:
         # What of the image is taken, and how much of it directories still can take.
         self._taken: list[tuple[int, int]] = [(0, FIRST_INODE)]
         self._room = tree.size
+        #: Has any inode that was met xattrs?
+        self.xattrs = False
 
     def run(self) -> None:
         root = self._tree.inode(self._tree.root)
@@ -172,6 +179,7 @@ class _Tree:
         self._taken.append((start, end))
         if end - start > INODE.size:
             self._tree.xattrs(nid)
+            self.xattrs = True
         kind = stat.S_IFMT(node.mode)
         if kind == stat.S_IFDIR:
             if nid in self._directories:

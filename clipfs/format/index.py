@@ -217,8 +217,10 @@ class Index:
             prefix = path + b"/" if path else b""
             pending += [(prefix + name, child) for name, child in reversed(self.entries(nid))]
 
-    def check(self, *, data: bool = True) -> None:
+    def check(self, *, data: bool = True) -> bool:
         """Check everything that can be checked without the image's data; FormatError at the first fault.
+
+        Says whether any inode has xattrs, which nobody knows who has not seen all of them.
 
         Reads the whole file, so it takes as long as that does, plus some microseconds an inode. data: also that of a
         packed clip, which is verified when it is read in any case.
@@ -236,9 +238,10 @@ class Index:
         else:
             check_layers(self.layers, manifest, config, name)
         check_extents(self._extents, self.layers, self.data_size, name)
-        check_tree(self._tree, name)
+        xattrs = check_tree(self._tree, name)
         if not self.source:
             raise FormatError(f"{name} is damaged: it does not say what image it was made of")
+        return xattrs
 
     # --- inside
 

@@ -5,6 +5,8 @@ would die of that (SIGBUS), and the kernel, which reads it with all rights, must
 checked. So a mount uses a copy that only its user can write to. A copy is made once and named by the SHA-256 of the
 clip's header, which has the SHA-256 of all else: finding it again costs one read of the clip, whatever its size.
 
+What the checks have found out is in the name, too: whether there are xattrs, which takes a look at every inode.
+
 Copies of another boot are not believed, for nothing makes sure that they have reached the disk.
 """
 
@@ -18,6 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from clipfs import state
 from clipfs.erofs.structs import SUPERBLOCK_OFFSET
@@ -33,9 +36,21 @@ _KEPT = 1 << 30
 _PIECE = 1 << 20
 
 
+# The ends of a copy's name, by whether it has xattrs.
+_ENDS = {True: ".clip", False: ".no-xattrs.clip"}
+
+
+class Copy(NamedTuple):
+    """An open descriptor of a copy, a path to it, and whether any of its inodes has xattrs."""
+
+    descriptor: int
+    path: str
+    xattrs: bool
+
+
 @contextmanager
-def checked(clip: Path) -> Iterator[tuple[int, str]]:
-    """A copy of the index in `clip`, without the data of a packed one: an open descriptor, and a path to it.
+def checked(clip: Path) -> Iterator[Copy]:
+    """A copy of the index in `clip`, without the data of a packed one.
 
     FormatError with the first fault of a clip that is damaged, ClipfsError if it cannot be read.
     """
@@ -44,29 +59,31 @@ def checked(clip: Path) -> Iterator[tuple[int, str]]:
             beginning = file.read(SUPERBLOCK_OFFSET)
             size = os.fstat(file.fileno()).st_size
             data = Header.parse(beginning, str(clip), size).data
-            name = f"{hashlib.sha256(beginning).hexdigest()}.clip"
-            descriptor, path = _kept(name) or _made(file.fileno(), data.offset if data else size, size, clip, name)
+            name = hashlib.sha256(beginning).hexdigest()
+            copy = _kept(name) or _made(file.fileno(), data.offset if data else size, size, clip, name)
     except OSError as error:
         raise ClipfsError(f"cannot open {clip}: {error.strerror}") from error
     try:
-        yield descriptor, path
+        yield copy
     finally:
-        os.close(descriptor)
+        os.close(copy.descriptor)
 
 
-def _kept(name: str) -> tuple[int, str] | None:
+def _kept(name: str) -> Copy | None:
     """The copy that an earlier mount has made."""
-    try:
-        path = _directory() / name
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except (OSError, ClipfsError):
-        return None
-    with suppress(OSError):
-        os.utime(descriptor)
-    return descriptor, str(path)
+    for xattrs, end in _ENDS.items():
+        try:
+            path = _directory() / f"{name}{end}"
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except (OSError, ClipfsError):
+            continue
+        with suppress(OSError):
+            os.utime(descriptor)
+        return Copy(descriptor, str(path), xattrs)
+    return None
 
 
-def _made(source: int, length: int, size: int, clip: Path, name: str) -> tuple[int, str]:
+def _made(source: int, length: int, size: int, clip: Path, name: str) -> Copy:
     """A new copy: on disk, or in memory if that has no place for it."""
     try:
         directory = _directory()
@@ -75,10 +92,10 @@ def _made(source: int, length: int, size: int, clip: Path, name: str) -> tuple[i
     except (OSError, ClipfsError) as error:
         log.warning("the index of %s is kept in memory only: %s", clip, error)
         return _in_memory(source, length, size, clip)
-    path = directory / name
     try:
         _copy(source, descriptor, length, size)
-        _check(descriptor, clip)
+        xattrs = _check(descriptor, clip)
+        path = directory / f"{name}{_ENDS[xattrs]}"
         os.rename(aside, path)
     except BaseException as error:
         os.close(descriptor)
@@ -88,18 +105,18 @@ def _made(source: int, length: int, size: int, clip: Path, name: str) -> tuple[i
             log.warning("the index of %s is kept in memory only: %s", clip, error.strerror)
             return _in_memory(source, length, size, clip)
         raise
-    return descriptor, str(path)
+    return Copy(descriptor, str(path), xattrs)
 
 
-def _in_memory(source: int, length: int, size: int, clip: Path) -> tuple[int, str]:
+def _in_memory(source: int, length: int, size: int, clip: Path) -> Copy:
     descriptor = os.memfd_create("clip", os.MFD_CLOEXEC)
     try:
         _copy(source, descriptor, length, size)
-        _check(descriptor, clip)
+        xattrs = _check(descriptor, clip)
     except BaseException:
         os.close(descriptor)
         raise
-    return descriptor, f"/proc/self/fd/{descriptor}"
+    return Copy(descriptor, f"/proc/self/fd/{descriptor}", xattrs)
 
 
 def _copy(source: int, target: int, length: int, size: int) -> None:
@@ -113,9 +130,9 @@ def _copy(source: int, target: int, length: int, size: int) -> None:
     os.truncate(target, size)
 
 
-def _check(descriptor: int, clip: Path) -> None:
+def _check(descriptor: int, clip: Path) -> bool:
     with Index.open(Path(f"/proc/self/fd/{descriptor}"), shown=clip) as index:
-        index.check(data=False)
+        return index.check(data=False)
 
 
 def _trim(directory: Path, limit: int) -> None:

@@ -30,6 +30,7 @@ class Job:
     counters, journal: the files of `state.MountRecord`, which are named after `process`. path: what the clip is called.
     source: where its data is. began: when the mount did, by the monotonic clock. level: of
     logging. oom: what the worker's oom_score_adj is to be, None if that of the supervisor was not changed.
+    xattrs: False if no inode of the index has any.
     """
 
     fuse: int
@@ -45,6 +46,7 @@ class Job:
     level: int
     oom: int | None
     options: MountOptions
+    xattrs: bool = True
 
     @property
     def descriptors(self) -> tuple[int, ...]:

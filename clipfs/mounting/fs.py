@@ -103,7 +103,8 @@ def _answer(
 class ClipFS(pyfuse3.Operations):
     """Serves one index. Make it, hand it to ``pyfuse3.init``, run ``pyfuse3.main``.
 
-    on_init is called when the kernel's FUSE_INIT has been read and has not been answered.
+    on_init is called when the kernel's FUSE_INIT has been read and has not been answered. xattrs: False if no inode has
+    any. Then the kernel is told that there is no such thing, and never asks again for ACLs and capabilities.
     """
 
     supports_dot_lookup = True
@@ -111,11 +112,14 @@ class ClipFS(pyfuse3.Operations):
     enable_acl = True
     enable_writeback_cache = False
 
-    def __init__(self, index: Tree, reader: Reader, on_init: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, index: Tree, reader: Reader, on_init: Callable[[], None] = lambda: None, *, xattrs: bool = True
+    ) -> None:
         super().__init__()
         self._index = index
         self._reader = reader
         self._on_init = on_init
+        self._no_xattrs = not xattrs
         self._attributes: dict[int, EntryAttributes] = {}
         self._files: dict[int, tuple[int, int]] = {}
         self._listings: dict[int, list[tuple[bytes, int]]] = {}
@@ -152,6 +156,8 @@ class ClipFS(pyfuse3.Operations):
 
     @_answer
     def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        if self._no_xattrs:
+            raise FUSEError(errno.ENOSYS)
         try:
             return self._index.xattrs(self._nid(inode))[name]
         except KeyError:
@@ -159,7 +165,8 @@ class ClipFS(pyfuse3.Operations):
 
     @_answer
     def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
-        return list(self._index.xattrs(self._nid(inode)))
+        # Not ENOSYS here: then there is no list, which is more than some programs can take.
+        return [] if self._no_xattrs else list(self._index.xattrs(self._nid(inode)))
 
     @_answer
     def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:

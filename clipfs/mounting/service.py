@@ -50,10 +50,10 @@ def serve(
     """
     with ExitStack() as stack:
         began = time.monotonic()
-        index_descriptor, path = stack.enter_context(checked(clip))
+        copy = stack.enter_context(checked(clip))
         original = os.open(clip, os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, original)
-        index = stack.enter_context(Index.open(f"/proc/self/fd/{index_descriptor}", shown=clip))
+        index = stack.enter_context(Index.open(f"/proc/self/fd/{copy.descriptor}", shown=clip))
         source = options.source or index.source
         name = options.name or str(clip)
         record = MountRecord(Process.current(), mountpoint, str(clip), source, device="", name=name)
@@ -72,7 +72,7 @@ def serve(
         def begin(connection: Connection, view: str) -> Child:
             job = Job(
                 fuse=connection.descriptor,
-                index=index_descriptor,
+                index=copy.descriptor,
                 clip=original,
                 counters=files[0],
                 journal=files[1],
@@ -83,11 +83,12 @@ def serve(
                 began=began,
                 level=logging.getLogger().getEffectiveLevel(),
                 oom=oom,
+                xattrs=copy.xattrs,
                 options=options,
             )
             return Child(job, origin)
 
-        plan = views.Plan(name, mountpoint, path, options)
+        plan = views.Plan(name, mountpoint, copy.path, options)
         supervisor = Supervisor(views.make(plan, begin, _START_SECONDS), record, begin)
         try:
             supervisor.run(on_ready)

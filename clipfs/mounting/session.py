@@ -80,8 +80,11 @@ class _Session:
             os.dup2(job.fuse, place, inheritable=False)
             self._channel.say("ready")
 
-        tree = index if job.view == "fuse" else DataSpace(index)
-        pyfuse3.init(ClipFS(tree, reader, on_init), f"/dev/fd/{place}", {f"fsname={place}"})
+        files = job.view == "fuse"
+        tree = index if files else DataSpace(index)
+        pyfuse3.init(
+            ClipFS(tree, reader, on_init, xattrs=files and job.xattrs), f"/dev/fd/{place}", {f"fsname={place}"}
+        )
         loop.install()
         with (
             trio.open_signal_receiver(signal.SIGTERM) as signals,
