@@ -8,6 +8,7 @@ import select
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ import trio
 import clipfs
 from clipfs import MountError, MountOptions, UsageError, state
 from clipfs.mounting import daemon, kernel, mountinfo, service
-from clipfs.mounting.connection import detached
+from clipfs.mounting.connection import amended, detached
 from tests.mounts import BIG, GONE, SECONDS, ended, files, kill, record_of, run
 
 pytest_plugins = ("tests.mount_fixtures",)
@@ -288,6 +289,19 @@ def test_a_worker_that_is_none(
         clipfs.mount(clip, mountpoint)
     assert time.monotonic() - started < SECONDS / 2
     assert mountinfo.top_at(str(mountpoint)) is None
+
+
+def test_an_answer_to_the_kernel_is_amended_only_as_it_has_offered() -> None:
+    flags = 0x1234
+    head, rest = struct.pack("<IiQ", 80, 0, 2), bytes(range(48))
+    answer = head + struct.pack("<IIII", 7, 38, 1 << 20, flags) + rest
+    asked = bytes(40) + struct.pack("<IIII", 7, 45, 1 << 20, 0)
+    offered = bytes(40) + struct.pack("<IIII", 7, 45, 1 << 20, 0xFFFFFFFF)
+    assert amended(answer, asked) == answer
+    assert amended(answer, offered) == head + struct.pack("<IIII", 7, 38, 1 << 20, flags | 1 << 23) + rest
+    refusal = struct.pack("<IiQ", 16, -71, 2)
+    assert amended(refusal, offered) == refusal
+    assert amended(b"", offered) == b""
 
 
 def test_a_root_that_does_not_answer_does_not_hang_mount(

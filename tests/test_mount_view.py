@@ -322,6 +322,14 @@ def test_a_file_read_again_costs_an_open(counted_view: Path, requests: Requests)
     assert requests.fresh() == {"open": 1}
 
 
+def test_links_are_read_once(counted_view: Path, requests: Requests) -> None:
+    for _ in range(10):
+        assert os.readlink(counted_view / "dir" / "link") == "file"
+        assert (counted_view / "dir" / "link").read_bytes() == b"content\n"
+    assert requests.fresh()["readlink"] == 1
+    assert "readlink" not in requests.fresh()
+
+
 def test_xattrs_that_no_file_has_are_asked_for_once(requests: Requests, tmp_path: Path, public: Path) -> None:
     """Also by the next mount of the clip, which does not look at every inode; and nobody sees a difference."""
     require_root()

@@ -5,7 +5,7 @@ process today and another tomorrow, and as long as somebody holds it, whoever wa
 the process that holds it (`supervisor`) is not the one that answers (`worker`).
 
 libfuse wants to begin with the kernel's FUSE_INIT. The kernel sends that once; here it is read and kept, and each
-worker is shown it through a socket (see linux/fuse.h for the messages).
+worker is shown it through a socket, which its answer comes back through (see linux/fuse.h for the messages).
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ from clipfs.mounting.options import MountOptions
 _IN, _OUT = struct.Struct("<IIQQIIIHH"), struct.Struct("<IiQ")
 _INIT, _NO_ANSWER = 26, frozenset((2, 36, 42))  # FORGET, INTERRUPT, BATCH_FORGET
 _RESEND = _OUT.pack(_OUT.size, 7, 0)
+
+# struct fuse_init_in and fuse_init_out both begin so; a flag that pyfuse3 knows no name for.
+_INIT_HEAD = struct.Struct("<IIII")
+_CACHE_SYMLINKS = 1 << 23
 
 # The kernel refuses smaller buffers than it may have requests (1 MiB and a page; ours are never that large).
 _LARGEST = (1 << 20) + 4096
@@ -91,6 +95,19 @@ class Connection:
             with contextlib.suppress(OSError):
                 os.write(self.descriptor, _OUT.pack(_OUT.size, -errno.EIO, unique))
         return True
+
+
+def amended(answer: bytes, introduction: bytes) -> bytes:
+    """libfuse's answer to a FUSE_INIT, with a flag that it is not asked to set: the kernel may cache symbolic links.
+
+    As it was, if it says no, or if the kernel has not offered that.
+    """
+    if len(answer) < _OUT.size + _INIT_HEAD.size or _OUT.unpack_from(answer)[1] != 0:
+        return answer
+    *head, flags = _INIT_HEAD.unpack_from(answer, _OUT.size)
+    *_, offered = _INIT_HEAD.unpack_from(introduction, _IN.size)
+    changed = _INIT_HEAD.pack(*head, flags | (offered & _CACHE_SYMLINKS))
+    return answer[: _OUT.size] + changed + answer[_OUT.size + _INIT_HEAD.size :]
 
 
 def detached(name: str, options: MountOptions) -> tuple[Connection, int]:

@@ -2,7 +2,7 @@
 
 pyfuse3 keeps its session in module globals, so a process serves one mount once. libfuse wants to begin with the
 kernel's FUSE_INIT, which the kernel sends once, to the first of many workers: so each is shown a copy through a socket,
-in whose place the real connection is put as soon as it has been read. Imports trio and pyfuse3.
+in whose place the real connection is put as soon as it has been answered. Imports trio and pyfuse3.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pyfuse3
@@ -26,7 +27,7 @@ from clipfs.blocks.reader import BlockReader, Tiers
 from clipfs.errors import ClipfsError
 from clipfs.format.index import Index
 from clipfs.log import Listener
-from clipfs.mounting import loop
+from clipfs.mounting import connection, loop
 from clipfs.mounting.control import Channel, Job
 from clipfs.mounting.dataspace import DataSpace
 from clipfs.mounting.fs import ClipFS
@@ -41,6 +42,10 @@ _AHEAD_AT_ONCE = 8
 
 # Requests handled at the same time. Each that waits for the network holds one, and lookups must still get through.
 _TASKS = 1000
+
+
+# An answer to FUSE_INIT has 80 bytes.
+_ANSWER = 4096
 
 
 def serve(job: Job, channel: Channel) -> None:
@@ -75,15 +80,13 @@ class _Session:
         planned = _planned(index, options)
         introduced, shown = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         place = shown.detach()
-
-        def on_init() -> None:
-            os.dup2(job.fuse, place, inheritable=False)
-            self._channel.say("ready")
-
+        introducing = trio.CancelScope()
         files = job.view == "fuse"
         tree = index if files else DataSpace(index)
         pyfuse3.init(
-            ClipFS(tree, reader, on_init, xattrs=files and job.xattrs), f"/dev/fd/{place}", {f"fsname={place}"}
+            ClipFS(tree, reader, introducing.cancel, xattrs=files and job.xattrs),
+            f"/dev/fd/{place}",
+            {f"fsname={place}"},
         )
         loop.install()
         with (
@@ -98,6 +101,15 @@ class _Session:
                     await self._begin.wait()
                     with introduced:
                         introduced.send(self._init)
+                        # It has answered when it wants to read on.
+                        with introducing:
+                            await pyfuse3.main(max_tasks=1)
+                        answer = introduced.recv(_ANSWER, socket.MSG_DONTWAIT)
+                    # To all but the first worker's, the kernel says that it has asked for nothing.
+                    with suppress(FileNotFoundError):
+                        os.write(job.fuse, connection.amended(answer, self._init))
+                    os.dup2(job.fuse, place, inheritable=False)
+                    self._channel.say("ready")
                     nursery.start_soon(reader.prefetch, planned, options.prefetch, _AHEAD_AT_ONCE)
                     await pyfuse3.main(max_tasks=_TASKS)
                     # It returns when the kernel has ended the session, or somebody else goes on with it.
