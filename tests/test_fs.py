@@ -19,6 +19,7 @@ from clipfs.erofs.structs import Inode
 from clipfs.errors import SourceError
 from clipfs.format.index import Index
 from clipfs.format.pack import write
+from clipfs.mounting import fs as fs_module
 from clipfs.mounting.fs import ClipFS
 
 CONTENT = bytes(range(256)) * 40
@@ -191,10 +192,30 @@ async def test_a_listing_read_in_pieces_has_each_name_once(
     assert seen[0][1] == many.st_ino
     assert seen[1][1] == index.root
     # An offset stays good after the listing was given up, as when two processes list the same directory.
+    monkeypatch.setattr(fs_module, "_LISTED", 0)
     await fs.releasedir(handle)
+    assert not fs._listings
     middle, room = seen[500], 1
     await fs.readdir(handle, middle[2], cast("Any", None))
     assert seen[-1] == seen[501]
+
+
+async def test_the_listings_kept_are_those_used_last(fs: ClipFS, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pyfuse3, "readdir_reply", lambda *_: True)
+    monkeypatch.setattr(fs_module, "_LISTED", 1010)  # of 10, 1002 and 3 names
+    sub, many = index.resolve("sub"), index.resolve("many")
+
+    async def listed(nid: int) -> None:
+        await fs.readdir(nid, 0, cast("Any", None))
+        await fs.releasedir(nid)
+
+    for nid in (sub, many, sub, index.root):
+        await listed(nid)
+    assert list(fs._listings) == [sub, index.root]
+    assert fs._listed == sum(map(len, fs._listings.values()))
+    kept = fs._listings[sub]
+    await listed(sub)
+    assert fs._listings[sub] is kept
 
 
 @pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC])

@@ -19,7 +19,7 @@ import stat
 from collections.abc import Callable, Coroutine
 from copy import copy
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, TypeVarTuple
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, StatvfsData
@@ -29,7 +29,7 @@ from clipfs.errors import ClipfsError
 
 log = logging.getLogger(__name__)
 
-P = ParamSpec("P")
+P = TypeVarTuple("P")
 T = TypeVar("T")
 
 # Seconds that the kernel may believe us; 68 years, the most that fits where such numbers become 32-bit jiffies.
@@ -39,8 +39,11 @@ _FOR_EVER = 2**31 - 1
 _MAX_NAME = 255
 
 # Entries kept before a lookup table starts over. Attributes cost 0.4 KB each; the kernel keeps its own for ever, so
-# these only serve hard links and what a listing is asked again for.
+# these only serve hard links.
 _REMEMBERED = 4096
+
+# Names in listings that are kept for who lists the directory again, which the kernel asks for each time: 13 MB.
+_LISTED = 1 << 15
 
 # Distinct sentences about failed reads that are logged, each once, before they may repeat.
 _SENTENCES = 256
@@ -84,14 +87,14 @@ class Reader(Protocol):
 
 
 def _answer(
-    handler: Callable[Concatenate[ClipFS, P], T],
-) -> Callable[Concatenate[ClipFS, P], Coroutine[Any, Any, T]]:
+    handler: Callable[[ClipFS, *P], T],
+) -> Callable[[ClipFS, *P], Coroutine[Any, Any, T]]:
     """The coroutine for a handler that needs no waiting. Nothing but FUSEError comes out of it."""
 
     @wraps(handler)
-    async def answer(self: ClipFS, /, *args: P.args, **kwargs: P.kwargs) -> T:
+    async def answer(self: ClipFS, /, *args: *P) -> T:
         try:
-            return handler(self, *args, **kwargs)
+            return handler(self, *args)
         except FUSEError:
             raise
         except Exception as error:  # noqa: BLE001  reported, and the mount lives on
@@ -103,7 +106,7 @@ def _answer(
 class ClipFS(pyfuse3.Operations):
     """Serves one index. Make it, hand it to ``pyfuse3.init``, run ``pyfuse3.main``.
 
-    on_init is called when the kernel's FUSE_INIT has been read and has not been answered. xattrs: False if no inode has
+    on_init is called when FUSE_INIT has been read and has not been answered. xattrs: False if no inode has
     any. Then the kernel is told that there is no such thing, and never asks again for ACLs and capabilities.
     """
 
@@ -122,12 +125,15 @@ class ClipFS(pyfuse3.Operations):
         self._no_xattrs = not xattrs
         self._attributes: dict[int, EntryAttributes] = {}
         self._files: dict[int, tuple[int, int]] = {}
-        self._listings: dict[int, list[tuple[bytes, int]]] = {}
+        self._listings: dict[int, list[tuple[bytes, EntryAttributes]]] = {}
+        self._listed = 0  # names in them
         self._complaints: set[str] = set()
         # A reply with inode 0 is cached as "no such name"; the errno ENOENT would be asked for again and again.
         self._absent = EntryAttributes()
         self._absent.st_ino = 0
         self._absent.entry_timeout = _FOR_EVER
+        # Read by pyfuse3 before anybody else runs, so that one serves for all.
+        self._opened = FileInfo(keep_cache=True)
         # Where a reply says which inode is meant and not only what is known of it, the root has a name of its own.
         self._root = copy(self._attributes_of(index.root))
         self._root.st_ino = pyfuse3.ROOT_INODE
@@ -192,21 +198,21 @@ class ClipFS(pyfuse3.Operations):
     @_answer
     def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
         """Entry number n has offset n + 1, for good: directories do not change. The list is made at the first call."""
-        listing = self._listings.get(fh)
-        if listing is None:
-            nid = self._nid(fh)
-            listing = [(b".", nid), (b"..", self._index.parent(nid)), *self._index.entries(nid)]
-            self._listings[fh] = listing
-        reply, attributes_of = pyfuse3.readdir_reply, self._attributes_of
+        listing = self._listings.get(fh) or self._list(fh)
+        reply = pyfuse3.readdir_reply
         for at in range(start_id, len(listing)):
-            name, nid = listing[at]
-            if not reply(token, name, attributes_of(nid), at + 1):
+            name, attributes = listing[at]
+            if not reply(token, name, attributes, at + 1):
                 return
 
     @_answer
     def releasedir(self, fh: int) -> None:
-        """Forget the list. Somebody else who is in the middle of the same directory has it made again."""
-        self._listings.pop(fh, None)
+        """Forget the lists that nobody has asked for lately, if there are too many. Somebody who is in the middle of
+        one has it made again."""
+        if fh in self._listings:
+            self._listings[fh] = self._listings.pop(fh)
+        while self._listed > _LISTED:
+            self._listed -= len(self._listings.pop(next(iter(self._listings))))
 
     # --- file contents
 
@@ -214,8 +220,10 @@ class ClipFS(pyfuse3.Operations):
     def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         if flags & _WRITING:
             raise FUSEError(errno.EROFS)
-        self._locate(inode)
-        return FileInfo(fh=inode, keep_cache=True)
+        if inode not in self._files:
+            self._locate(inode)
+        self._opened.fh = inode
+        return self._opened
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         """The hot path, and the one handler that may wait. Up to `try_read` there is no await on purpose: a hit is
@@ -255,25 +263,38 @@ class ClipFS(pyfuse3.Operations):
     def _nid(self, inode: int) -> int:
         return self._index.root if inode == pyfuse3.ROOT_INODE else inode
 
+    def _list(self, inode: int) -> list[tuple[bytes, EntryAttributes]]:
+        nid, made, known = self._nid(inode), self._made, self._attributes
+        entries = [(b".", nid), (b"..", self._index.parent(nid)), *self._index.entries(nid)]
+        listing = self._listings[inode] = [(name, known.get(each) or made(each)) for name, each in entries]
+        self._listed += len(listing)
+        return listing
+
     def _attributes_of(self, nid: int) -> EntryAttributes:
         known = self._attributes.get(nid)
         if known is not None:
             return known
+        if len(self._attributes) >= _REMEMBERED:
+            self._attributes.clear()
+        entry = self._attributes[nid] = self._made(nid)
+        return entry
+
+    def _made(self, nid: int) -> EntryAttributes:
+        """The attributes as pyfuse3 has them. Each field that is set costs; those left out are zero in a new one."""
         node = self._index.inode(nid)
         entry = EntryAttributes()
         entry.st_ino = nid
         entry.st_mode = node.mode
         entry.st_nlink = node.nlink
-        entry.st_uid = node.uid
-        entry.st_gid = node.gid
-        entry.st_rdev = node.rdev
+        if node.uid or node.gid:
+            entry.st_uid = node.uid
+            entry.st_gid = node.gid
+        if node.rdev:
+            entry.st_rdev = node.rdev
         entry.st_size = node.size
         entry.st_blocks = (node.size + 511) // 512
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = node.mtime_ns
         entry.entry_timeout = entry.attr_timeout = _FOR_EVER
-        if len(self._attributes) >= _REMEMBERED:
-            self._attributes.clear()
-        self._attributes[nid] = entry
         return entry
 
     def _locate(self, inode: int) -> tuple[int, int]:
