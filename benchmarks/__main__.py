@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks import demo, programs, report
 from benchmarks.cold import application, memory, starting_cold, streaming
 from benchmarks.measure import Section, progress
+from benchmarks.raw_loop import requests
 from benchmarks.reading import reading
 from benchmarks.starting import indexing, mounting, running, size
 from benchmarks.views import views
@@ -22,7 +23,7 @@ _CACHE = _ROOT / ".cache"
 
 BENCHMARKS: dict[str, Callable[[Workload], Section]] = {
     each.__name__: each
-    for each in (indexing, size, mounting, running, starting_cold, reading, views, streaming, memory)
+    for each in (indexing, size, mounting, running, starting_cold, reading, views, requests, streaming, memory)
 }
 _PROGRAMS = (
     "curl",

@@ -19,7 +19,16 @@ from tests.images import LayoutBuilder
 from tests.tars import Tar
 
 TINY = Size(rounds=1, files=60, big=2 << 20, ordered=40, shuffled=20, random=20)
-ROWS = {"indexing": 2, "mounting": 2, "running": 3, "starting_cold": 6, "reading": 16, "views": 15, "streaming": 1}
+ROWS = {
+    "indexing": 2,
+    "mounting": 2,
+    "running": 3,
+    "starting_cold": 6,
+    "reading": 16,
+    "views": 15,
+    "requests": 3,
+    "streaming": 1,
+}
 
 
 @pytest.fixture(scope="module")
