@@ -229,6 +229,10 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
         ("import clipfs.cli.helper", {"trio", "pyfuse3", "httpx2", "isal", "zstandard", "argparse"}),
         ("import clipfs; clipfs.mount, clipfs.Index", {"trio", "pyfuse3", "httpx2", "isal"}),
         ("import clipfs; clipfs.build, clipfs.extract", {"httpx2", "pyfuse3"}),
+        (
+            "import clipfs.mounting.session",
+            {f"clipfs.sources.{name}" for name in ("registry", "layout", "archive", "web")},
+        ),
     ],
 )
 def test_what_is_expensive_is_imported_late(statement: str, late: set[str]) -> None:

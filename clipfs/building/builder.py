@@ -29,7 +29,7 @@ from clipfs.layers.tree import Tree
 from clipfs.oci import Digest, Platform
 from clipfs.sources.base import Image, Source
 from clipfs.sources.fetcher import SourceOptions
-from clipfs.sources.web import is_url
+from clipfs.sources.place import is_url
 
 __all__ = ["BuildReport", "Progress", "Silent", "build", "build_image", "index_for"]
 

@@ -22,7 +22,7 @@ def clip_of(args: argparse.Namespace) -> Path:
     # Late: a .clip that is at hand needs neither trio nor a client, which take a third of the time to its first byte.
     from clipfs.building.builder import index_for
     from clipfs.cli.progress import progress
-    from clipfs.sources.web import is_url
+    from clipfs.sources.place import is_url
 
     if target.endswith(".clip") and not is_url(target):
         raise UsageError(f"there is no file {target}; make it with `clipfs index IMAGE -o {target}`")

@@ -1,18 +1,16 @@
-"""Where images come from. `open_source` turns a name, spelled as skopeo spells it, into a `Source`."""
+"""Where images come from. `open_source` turns a name, spelled as skopeo spells it, into a `Source`.
+
+What the kinds of sources need is imported when one is opened: a mount opens its own when a read first misses.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from clipfs.errors import UsageError
 from clipfs.fields import quoted
 from clipfs.oci import Reference
-from clipfs.sources.archive import OciArchiveSource
 from clipfs.sources.base import Image, LocalBlob, Source
-from clipfs.sources.docker_archive import DockerArchiveSource
-from clipfs.sources.layout import LayoutSource
-from clipfs.sources.registry import RegistrySource
 
 __all__ = ["Image", "LocalBlob", "Source", "open_source"]
 
@@ -22,11 +20,7 @@ _FORMS = """An image is named like this:
   docker-archive:FILE[:NAME[:TAG]]          what `docker save` writes
   docker://HOST/REPOSITORY[:TAG|@DIGEST]    an image in a registry; docker:// may be left out"""
 
-_LOCAL: dict[str, Callable[[Path, str | None], Source]] = {
-    "oci": LayoutSource,
-    "oci-archive": OciArchiveSource,
-    "docker-archive": DockerArchiveSource,
-}
+_LOCAL = ("oci", "oci-archive", "docker-archive")
 # Transports that skopeo has and clipfs has not; without this list they would be taken for repositories with a tag.
 _OTHERS = ("containers-storage", "dir", "docker-daemon", "ftp", "http", "https", "ostree", "sif", "tarball")
 
@@ -46,12 +40,11 @@ def open_source(
     all its attempts, None for $CLIPFS_TIMEOUT or 90.
     """
     transport, colon, rest = name.partition(":")
-    opener = _LOCAL.get(transport) if colon else None
-    if opener is not None:
+    if colon and transport in _LOCAL:
         path, _, tag = rest.partition(":")
         if not path or "\0" in path:
             raise UsageError(f"{quoted(name)} names no file or directory.\n{_FORMS}")
-        return opener(Path(path), tag or None)
+        return _local(transport, Path(path), tag or None)
     if colon and transport in _OTHERS:
         raise UsageError(f"clipfs has no source {transport}:; copy the image with skopeo.\n{_FORMS}")
     try:
@@ -63,4 +56,20 @@ def open_source(
             else ""
         )
         raise UsageError(f"{error}. {hint}{_FORMS}") from None
+    from clipfs.sources.registry import RegistrySource
+
     return RegistrySource(reference, insecure=insecure, authfile=authfile, ca=ca, timeout=timeout)
+
+
+def _local(transport: str, path: Path, tag: str | None) -> Source:
+    if transport == "oci":
+        from clipfs.sources.layout import LayoutSource
+
+        return LayoutSource(path, tag)
+    if transport == "oci-archive":
+        from clipfs.sources.archive import OciArchiveSource
+
+        return OciArchiveSource(path, tag)
+    from clipfs.sources.docker_archive import DockerArchiveSource
+
+    return DockerArchiveSource(path, tag)

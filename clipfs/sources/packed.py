@@ -17,8 +17,7 @@ from clipfs.fields import quoted
 from clipfs.format.container import ITSELF, Layer, Section
 from clipfs.oci import Manifest
 from clipfs.sources.fetcher import Fetcher, LayerFetcher, SourceOptions
-from clipfs.sources.place import LocalFile, Place, ReplacedError
-from clipfs.sources.web import WebFile, is_url
+from clipfs.sources.place import LocalFile, Place, ReplacedError, is_url
 
 
 class IndexView(Protocol):
@@ -51,9 +50,16 @@ def fetcher_for(index: IndexView, options: SourceOptions | None = None) -> Fetch
     if len(index.layers) != 1:
         raise FormatError(f"{index.path} is damaged: it is packed, but has not the one layer with its data")
     name = options.name or index.source
-    local = index.path if name == ITSELF else None
-    place: Place = WebFile(name, options) if is_url(name) else LocalFile(local or _path(name, index.path))
-    return PackedFetcher(place, index.layers[0])
+    return PackedFetcher(_place(name, index.path, options), index.layers[0])
+
+
+def _place(name: str, clip: Path, options: SourceOptions) -> Place:
+    if is_url(name):
+        # Late: other mounts can do without a client for the web.
+        from clipfs.sources.web import WebFile
+
+        return WebFile(name, options)
+    return LocalFile(clip if name == ITSELF else _path(name, clip))
 
 
 def _path(name: str, clip: Path) -> Path:

@@ -15,6 +15,11 @@ from clipfs.errors import SourceError
 from clipfs.format.container import HEADER_SIZE, Header
 
 
+def is_url(name: str) -> bool:
+    """Whether `name` is where a web server has something, and neither a file nor an image."""
+    return name.lower().startswith(("https://", "http://"))
+
+
 class ReplacedError(Exception):
     """The place has something else now."""
 

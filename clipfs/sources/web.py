@@ -39,11 +39,6 @@ _DATA = "data"
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 
 
-def is_url(name: str) -> bool:
-    """Whether `name` is where a web server has something, and neither a file nor an image."""
-    return name.lower().startswith(("https://", "http://"))
-
-
 @dataclass(frozen=True, slots=True)
 class _Version:
     """What a web server says of one version of a file. unless_replaced: the header that asks for a range of this
