@@ -37,7 +37,7 @@ _PIECE = 1 << 20
 
 
 # The ends of a copy's name, by whether it has xattrs.
-_ENDS = {True: ".clip", False: ".no-xattrs.clip"}
+_ENDS = {False: ".no-xattrs.clip", True: ".clip"}
 
 
 class Copy(NamedTuple):

@@ -147,10 +147,11 @@ class ClipFS(pyfuse3.Operations):
     def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         if len(name) > _MAX_NAME:
             raise FUSEError(errno.ENAMETOOLONG)
-        nid = self._index.lookup(self._nid(parent_inode), name)
-        if nid == self._index.root:
-            return self._root
-        return self._attributes_of(nid) if nid else self._absent
+        index = self._index
+        nid = index.lookup(index.root if parent_inode == 1 else parent_inode, name)
+        if not nid:
+            return self._absent
+        return self._root if nid == index.root else self._attributes_of(nid)
 
     @_answer
     def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
