@@ -1,0 +1,105 @@
+"""What a test can leave behind on this machine, and the proof that it has not.
+
+Everything that the suite makes is below a few places of this run's own, so that another run at the same time is never
+taken for a leak of this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import select
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from clipfs.mounting import mountinfo
+
+# Seconds for a process that has nothing left to do.
+_GRACE = 5
+
+
+class Places(NamedTuple):
+    """Of this run. base: pytest's directory, where tests keep what they like. state: of mounts, for all tests that
+    have none of their own. temporary: $TMPDIR. scratch: for large files that live for one operation."""
+
+    base: Path
+    state: Path
+    temporary: Path
+    scratch: Path
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        return f"{self.base}/", f"{self.temporary}/"
+
+
+@contextlib.contextmanager
+def nothing_left_behind(places: Places, grace: float = _GRACE) -> Iterator[None]:
+    """Nothing that begins in here outlives it: AssertionError with what does. It waits so long for processes to end.
+
+    What was there before, such as the mount of a fixture of larger scope, may stay.
+    """
+    before, processes, descriptors = _present(places), _processes(places), _descriptors()
+    yield
+    # umount(8) returns a moment before the process that has served the mount ends.
+    for pid in _processes(places).keys() - processes.keys():
+        with contextlib.suppress(ProcessLookupError), open(os.pidfd_open(pid), "rb", buffering=0) as ending:
+            select.select([ending], [], [], grace)
+    left = _present(places) - before
+    left |= {f"process {pid}: {what}" for pid, what in _processes(places).items() if pid not in processes}
+    if _descriptors().keys() - descriptors.keys():
+        gc.collect()  # what nobody can use any more is closed when it is collected
+    left |= {f"descriptor {number}: {what}" for number, what in _descriptors().items() if number not in descriptors}
+    with contextlib.suppress(ChildProcessError):
+        if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            left.add("a child process that nobody waited for")
+    assert not left, f"left behind: {sorted(left)}"
+
+
+def _present(places: Places) -> set[str]:
+    """Mounts, loop devices, control groups, sockets, and files where nothing stays."""
+    ours = places.prefixes
+    found = {f"mount {entry.mountpoint}" for entry in mountinfo.entries() if f"{entry.mountpoint}/".startswith(ours)}
+    found |= {f"loop device of {name}" for name in _backing_files() if name.startswith(ours)}
+    if os.environ.get("CLIPFS_REQUIRE") == "1":  # elsewhere they may be another run's
+        found |= {f"loop device of {name}" for name in _backing_files()}
+        found |= {f"cgroup {path}" for path in Path("/sys/fs/cgroup").glob("**/clipfs-*/")}
+    # Bound ones have a path; abstract ones begin with "@" in its place.
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        path = line.split(maxsplit=7)[7:]
+        if path and path[0].lstrip("@").startswith(ours):
+            found.add(f"socket {path[0]}")
+    for directory in (places.temporary, places.scratch):
+        found |= {f"temporary file {path}" for path in directory.glob("*")}
+    return found | {f"state {path}" for path in places.state.rglob("*") if not path.is_dir()}
+
+
+def _backing_files() -> Iterator[str]:
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):  # somebody else's, that goes
+            yield path.read_text().strip()
+
+
+def _processes(places: Places) -> dict[int, str]:
+    """Processes that this one started, and their forks, by pid."""
+    found = {}
+    me = Path("/proc/self/cmdline").read_bytes()
+    ours = [f"={prefix}".encode() for prefix in places.prefixes]
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (process / "cmdline").read_bytes()
+            environment = (process / "environ").read_bytes()
+            # A daemon of ours is a fork of this process, or was started below it and has our directories to work in.
+            if command == me or any(place in environment for place in ours):
+                found[int(process.name)] = repr(command.decode(errors="replace"))
+    return found
+
+
+def _descriptors() -> dict[int, str]:
+    """This process's own: files, pipes, sockets."""
+    found = {}
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # that of the listing itself
+            found[int(link.name)] = os.readlink(link)
+    return found
