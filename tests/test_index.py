@@ -302,7 +302,11 @@ def test_checking_is_fast(tmp_path: Path) -> None:
     tree = TreeBuilder()
     for number in range(60_000):
         tree.file(b"lib/directory%d/file%d" % (number // 10, number), b"x")
+    took = []
     with Index.open(write_clip(tmp_path / "x.clip", tree.finish())) as index:
-        start = time.process_time()
-        index.check()
-        assert time.process_time() - start < 1
+        assert index.inodes > 60_000
+        for _ in range(3):
+            start = time.process_time()
+            index.check()
+            took.append(time.process_time() - start)
+    assert min(took) < 0.5

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipfs.errors import ImageError
-from clipfs.layers import layer as layer_module
+from clipfs.layers import bounds
 from clipfs.layers.layer import Entry, Member, Opaque, TarWalk, Whiteout
 from clipfs.layers.pax import MAX_EXTENSION
 from tests.tars import END, GNU, Tar, gnu_long, gnu_sparse, header, padded, pax, pax_sparse
@@ -217,12 +217,15 @@ class TestHostile:
             pytest.param(pax({"path": b"d/" * 2000}) + header(b"x"), id="long names"),
             pytest.param(pax({"linkpath": b"d/" * 2000}) + header(b"x", typeflag=b"2"), id="long links"),
             pytest.param(pax({f"SCHILY.xattr.user.{n}": "" for n in range(3000)}) + header(b"x"), id="many xattrs"),
+            pytest.param(pax({"SCHILY.xattr.user.x": "v" * 60_000}) + header(b"x"), id="large xattrs"),
+            pytest.param(pax({f"k{n}": "" for n in range(20_000)}) + header(b"x"), id="records that say nothing"),
+            pytest.param(gnu_long(b"d/" * 2000) + header(b"x"), id="long names of GNU's"),
             pytest.param(pax_sparse(b"s", 1 << 20, [(n * 9, b"x") for n in range(20_000)], version="1.0"), id="pieces"),
         ],
     )
     def test_what_is_kept_is_bounded(self, block: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
         """The bound holds for memory, give or take what Python adds."""
-        monkeypatch.setattr(layer_module, "MAX_METADATA", 4 << 20)
+        monkeypatch.setattr(bounds, "MAX_METADATA", 4 << 20)
         error = refused(endless(block, 20_000), seconds=6, memory=16 << 20)
         assert "take more than 4 MiB" in str(error)
         assert error.member
@@ -230,7 +233,7 @@ class TestHostile:
     def test_what_global_headers_multiply_is_bounded_within_one_piece_of_the_stream(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(layer_module, "MAX_METADATA", 4 << 20)
+        monkeypatch.setattr(bounds, "MAX_METADATA", 4 << 20)
         everywhere = pax({f"SCHILY.xattr.user.{n}": "v" for n in range(2500)}, typeflag=b"g")
         raw = everywhere + header(b"f") * 8000
         error = refused(lambda: walked(raw, step=len(raw)), memory=16 << 20)

@@ -18,6 +18,7 @@ from clipfs.compression.zstd import ZstdStream, ZstdStreamError
 from clipfs.errors import ImageError, IntegrityError
 from clipfs.fields import quoted
 from clipfs.format.container import Codec, Layer
+from clipfs.layers.bounds import drained
 from clipfs.layers.layer import Member, TarWalk
 from clipfs.layers.toc import NAME, Table, parse
 from clipfs.layers.tree import Tree
@@ -64,7 +65,7 @@ async def index_by_contents(source: Source, number: int, blob: Descriptor, diff_
         return None
     codec, table = found
     try:
-        await trio.to_thread.run_sync(tree.apply, number, table.entries)
+        await trio.to_thread.run_sync(tree.apply, number, drained(table.entries))
     except ImageError as error:
         raise error.within(blob.digest) from None
     return Layer(blob.digest, diff_id, blob.size, table.size, codec, blob.media_type, table.spans)

@@ -22,6 +22,7 @@ from clipfs.compression.codec import detect
 from clipfs.compression.spans import PIECES, SPAN_SIZE, scan
 from clipfs.errors import ClipfsError, ImageError, IntegrityError, SourceError
 from clipfs.format.container import Layer
+from clipfs.layers.bounds import drained
 from clipfs.layers.layer import Entry, TarWalk
 from clipfs.layers.tree import Tree
 from clipfs.oci import Descriptor, Digest
@@ -127,7 +128,7 @@ def index_layer(
             entries += walk.finish()
             _demand(whole.result(), blob.digest, f"layer {blob.digest}")
             _demand(diff_hash.hexdigest(), diff_id, f"layer {blob.digest}, uncompressed,")
-            tree.apply(number, entries)
+            tree.apply(number, drained(entries))
         except ImageError as error:
             # A damaged download breaks the decoder first; the digest tells damage from malice.
             _demand(whole.result(), blob.digest, f"layer {blob.digest}")

@@ -18,6 +18,7 @@ import struct
 from zlib import adler32
 
 from clipfs.errors import ImageError
+from clipfs.layers import bounds
 from clipfs.layers.members import (
     BLOCK,
     DIRECTORY,
@@ -41,14 +42,8 @@ from clipfs.layers.sparse import Sparse, begin
 
 __all__ = ["Entry", "Member", "Opaque", "TarWalk", "Whiteout"]
 
-# What one layer may put into memory, counted as the bytes of tar that say it. Large images have a million members,
-# which count for half a GiB; a gzip bomb of headers, a thousandth as large as it unpacks to, ends here.
-MAX_METADATA = 2 << 30
 # What global headers say is looked at again for every member. An owner, a time, an xattr or two is what they can say.
 MAX_GLOBAL = 1 << 16
-# An xattr or a piece of a sparse file takes this much memory besides its bytes.
-_OBJECT = 256
-
 _PLAIN = struct.Struct("100s8s8s8s12s12s8sc100s8s80xc")
 _EXTENSIONS = (b"x", b"g", b"L", b"K")
 
@@ -131,7 +126,7 @@ class TarWalk:
         self._held += chunk[at:]
         self._position += at
         if entries:
-            self._keep(BLOCK * len(entries), entries[-1])
+            self._count(BLOCK * len(entries), entries[-1].path, entries[-1].offset)
         return entries
 
     def finish(self) -> list[Entry]:
@@ -142,15 +137,10 @@ class TarWalk:
             raise ImageError("the layer ends in the middle of a header", offset=self._position)
         return []
 
-    def _keep(self, size: int, last: Entry) -> None:
-        """Count what stays in memory; the last of it is for errors."""
+    def _count(self, size: int, name: bytes, offset: int) -> None:
+        """Add to what was said so far; `name` and `offset` are for errors."""
         self._metadata += size
-        if self._metadata > MAX_METADATA:
-            raise ImageError(
-                f"names and attributes of the layer's members take more than {MAX_METADATA >> 20} MiB",
-                member=last.path,
-                offset=last.offset,
-            )
+        bounds.check(self._metadata, name, offset)
 
     def _pending(self) -> bool:
         """Whether a header said something about the next member."""
@@ -248,12 +238,15 @@ class TarWalk:
         size = numeric(header.size)
         if not 0 <= size <= MAX_EXTENSION:
             raise ImageError(f"its extended header has {size} bytes; no more than {MAX_EXTENSION} are read")
+        self._count(size, self._name, offset)
         self._extension, self._need = (header.kind, size), _padded(size)
         return None
 
     def _read_extension(self, kind: bytes, size: int, body: bytes) -> None:
         self._extension, self._need = None, BLOCK
         body = body[:size]
+        # At least as often as there are records.
+        self._count(bounds.RECORD * body.count(b"="), self._name, self._offset)
         if kind == b"L":
             self._long[b"path"] = body.split(b"\0", 1)[0]
         elif kind == b"K":
@@ -295,9 +288,7 @@ class TarWalk:
         member.segments = parts
         self._padding = -stored % BLOCK
         self._skip = stored + self._padding
-        objects = len(member.xattrs) + len(parts)
-        values = sum(map(len, member.xattrs.values()))
-        self._keep(len(member.path) + len(member.link) + values + _OBJECT * objects, member)
+        self._count(bounds.extra_weight(member), member.path, member.offset)
         return entry_of(member)
 
 

@@ -19,9 +19,9 @@ from clipfs.compression.codec import MAX_SPAN
 from clipfs.errors import ImageError, shown
 from clipfs.fields import Fields, quoted
 from clipfs.format.container import MAX_SKIP, Codec, Span
+from clipfs.layers import bounds
 from clipfs.layers.chunks import Chunk, lay_out, segments
 from clipfs.layers.entries import entries_in
-from clipfs.layers.layer import MAX_METADATA
 from clipfs.layers.members import (
     BLOCK,
     BLOCK_DEVICE,
@@ -145,8 +145,7 @@ class _Reader:
     def _keep(self, size: int) -> None:
         """Count what stays in memory, as if it was tar."""
         self._metadata += BLOCK + size
-        if self._metadata > MAX_METADATA:
-            raise ImageError(f"names and attributes of the layer's members take more than {MAX_METADATA >> 20} MiB")
+        bounds.check(self._metadata, b"", 0)
 
     def _member(self, kind: bytes, fields: Fields, name: bytes) -> Member:
         attributes = _xattrs(fields) if fields.value.get("xattrs") else NO_XATTRS

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Iterator
 from clipfs.erofs.structs import BLOCK, MAX_NAME, XATTR_PREFIXES, Inode, is_whiteout, is_xattr_name
 from clipfs.errors import ImageError, shown
 from clipfs.format.container import Extent
+from clipfs.layers import bounds
 from clipfs.layers.layer import Entry, Member, Opaque, Whiteout
 
 # As the kernel's MAXSYMLINKS: a path that needs more is a loop.
@@ -48,7 +49,7 @@ class Tree:
         self.root = _implied()
         self.warnings: list[str] = []
         self.inodes = 0
-        self._made = 0
+        self._made = self._said = 0
         self._unsaid = 0
         # Parents resolved before, by path: members of a directory follow each other. Emptied when a path may lead
         # elsewhere than it did.
@@ -59,7 +60,10 @@ class Tree:
         self._left_out: list[tuple[_Children, bytes, Member]] = []
 
     def apply(self, layer: int, entries: Iterable[Entry]) -> None:
-        """Put layer number `layer` on top. ImageError names the entry that cannot be applied."""
+        """Put layer number `layer` on top. ImageError names the entry that cannot be applied.
+
+        No entry is held longer than it takes, so that one that nobody else holds makes room for what comes of it.
+        """
         self._parents.clear()
         members: list[Member] = []
         deletions: list[Whiteout | Opaque] = []
@@ -68,10 +72,14 @@ class Tree:
                 members.append(entry)
             else:
                 deletions.append(entry)
+        self._said += bounds.weight(members)
+        if members:
+            bounds.check(self._said, members[-1].path, members[-1].offset)
         if deletions:
             self._delete(deletions, members)
-        for member in members:
-            self._add(layer, member)
+        members.reverse()
+        while members:
+            self._add(layer, members.pop())
         self._linked = {}
         self._leave_out()
 
