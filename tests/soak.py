@@ -1,15 +1,18 @@
-"""A container reads and checksums its whole image again and again while everything around it fails.
+"""A container reads and checks its whole image again and again while everything around it fails.
 
-``python -m tests.soak --minutes M [--plot FILE]``: 12 times a minute its worker is SIGKILLed at a moment of chance, it
-is upgraded, the registry goes away for a second, the kernel forgets its caches, and what is kept on disk is at its cap.
-Afterwards it says how often the image was read, that it was right each time, and how memory, descriptors and processes
-were at the beginning and at the end. Exit code 1 if anything was wrong.
+``python -m tests.soak --minutes M [--view VIEW] [--plot FILE]``: 12 times a minute its worker is SIGKILLed at a moment
+of chance, it is upgraded, the registry goes away for a second, the kernel forgets its caches, and what is kept on disk
+is at its cap. Each reading is compared with what another tool has unpacked: every byte, name and attribute. In the last
+part nobody kills the worker, so that one that leaks has the time to be seen.
+
+Afterwards it says how often the image was read, and how memory, descriptors and processes were. Exit code 1 if anything
+was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import json
 import os
 import signal
 import subprocess
@@ -18,123 +21,86 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
 import clipfs
 from clipfs import state
 from clipfs.state import MountRecord
+from tests import soak_reader
 from tests.faults import FaultProxy
+from tests.leftovers import Places, nothing_left_behind
 from tests.registry import Registry
+from tests.soaked import Sample, Soaked, plot
 
 ROOT = Path(__file__).parent.parent
 
 #: Each minute's share.
-KILLS, UPGRADES, FLAPS, FORGOTTEN = 12, 1, 6, 30
+RATES = {"kill": 12, "upgrade": 1, "away": 6, "forget": 30}
 _AWAY_SECONDS = 1.0
+# Of the time, for kills and upgrades.
+_TROUBLED = 0.85
 
-# Of the few tens of megabytes that the image decodes to.
-_MEMORY, _DISK = 8 << 20, 24 << 20
+# For what is kept on disk, of the few tens of megabytes that the image decodes to.
+_DISK = 24 << 20
 
 # For one reading of the image, whatever happens meanwhile.
-_ROUND_SECONDS = 120
+_ROUND_SECONDS = 180
 
-# In the container: one line with the digest of every name and every byte of the image, for each line that comes in.
-_READER = """
-import hashlib, os, sys
-def digest():
-    whole = hashlib.sha256()
-    for top, directories, names in os.walk("/usr"):
-        directories.sort()
-        for name in sorted(names):
-            path = os.path.join(top, name)
-            whole.update(os.fsencode(path))
-            if not os.path.islink(path):
-                with open(path, "rb") as file:
-                    whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
-for line in sys.stdin:
-    print(digest(), flush=True)
-"""
+_VIEWS = ("kernel", "fuse")
 
 
-@dataclass
-class Sample:
-    """At one moment. seconds: since the beginning. memory: resident bytes of both processes."""
-
-    seconds: float
-    memory: int
-    descriptors: int
-    cached: int
+class SoakError(Exception):
+    """It cannot go on."""
 
 
-@dataclass
-class Soaked:
-    """What came of it."""
-
-    digests: list[str] = field(default_factory=list)
-    errors: str = ""
-    code: int | None = None
-    kills: int = 0
-    upgrades: int = 0
-    flaps: int = 0
-    samples: list[Sample] = field(default_factory=list)
-    left: list[MountRecord] = field(default_factory=list)
-
-    @property
-    def wrong(self) -> list[str]:
-        """A sentence for each thing that should not have been."""
-        found = []
-        if len(set(self.digests)) != 1:
-            found.append(f"{len(self.digests)} readings of the image gave {len(set(self.digests))} digests")
-        if self.code or self.errors:
-            found.append(f"the container ended with {self.code} and said: {self.errors[-2000:]}")
-        if self.left:
-            found.append(f"these were left: {self.left}")
-        first, last = self.samples[len(self.samples) // 4], self.samples[-1]
-        if last.descriptors > first.descriptors + 8:
-            found.append(f"descriptors grew from {first.descriptors} to {last.descriptors}")
-        most = max(sample.cached for sample in self.samples)
-        if most > 1.05 * _DISK:
-            found.append(f"the cache on disk had {most} bytes, of {_DISK} allowed")
-        return found
-
-
-def soak(image: str, minutes: float, directory: Path, seed: int = 1) -> Soaked:
+def soak(image: str, minutes: float, directory: Path, view: str, seed: int = 1) -> Soaked:
     """Let a container read `image` for so long. directory: for everything that is needed; its registry among it."""
-    result = Soaked()
+    planned = {what: max(1, round(rate * minutes)) for what, rate in RATES.items()}
+    result = Soaked(view, planned, _DISK)
     (directory / "registry").mkdir(parents=True)
+    right = _unpacked(image, directory / "unpacked")
     with ExitStack() as stack:
         registry = stack.enter_context(Registry(directory / "registry"))
         registry.push(image, "soaked")
         proxy = stack.enter_context(FaultProxy(registry.host))
         clip = directory / "soaked.clip"
         clipfs.build(f"docker://{proxy.host}/soaked:latest", clip, insecure=True)
-        container = stack.enter_context(_container(clip, directory))
-        record = _mounted(container)
-        trouble = threading.Thread(target=_trouble, args=(result, record, proxy, minutes * 60, seed, directory))
-        trouble.start()
-        try:
-            while trouble.is_alive() or not result.digests:
-                result.digests.append(_read(container))
-        finally:
-            trouble.join()
-        result.digests.append(_read(container))
+        container = stack.enter_context(_container(clip, directory, view))
+        _tell(container, right)
+        result.different += _read(container)  # when it has read something, the mount is there
+        [record] = clipfs.mounts()
+        assert record.view == view
+        with ThreadPoolExecutor(1) as pool:
+            trouble = pool.submit(_trouble, result, record, proxy, minutes * 60, seed, directory)
+            while not trouble.done():
+                result.different += _read(container)
+                result.readings += 1
+            trouble.result()
+        result.different += _read(container)
+        result.readings += 1
         _, result.errors = container.communicate(timeout=60)
         result.code = container.returncode
-    result.left = state.records()
+    result.left = [str(record) for record in state.records()]
     return result
 
 
+def _unpacked(image: str, directory: Path) -> str:
+    """What must be in the image, according to umoci."""
+    words = ["umoci", "raw", "unpack", "--image", image.removeprefix("oci:"), str(directory)]
+    subprocess.run(words, check=True, timeout=_ROUND_SECONDS, stdout=subprocess.DEVNULL)
+    return json.dumps(soak_reader.fingerprints(str(directory)))
+
+
 @contextmanager
-def _container(clip: Path, directory: Path) -> Iterator[subprocess.Popen[str]]:
-    options = ("--rm", "-i", "--insecure", "--prefetch", "none", "--cache-size", str(_DISK))
+def _container(clip: Path, directory: Path, view: str) -> Iterator[subprocess.Popen[str]]:
+    options = ("--rm", "-i", "--insecure", "--prefetch", "none", "--cache-size", str(_DISK), "--view", view)
     places = ("--cache-dir", str(directory / "spans"), "--base", str(directory / "containers"))
-    command = ["run", *options, *places, str(clip)]
+    reader = Path(soak_reader.__file__).read_text()
     with subprocess.Popen(
-        [sys.executable, "-m", "clipfs", *command, "python3", "-c", _READER],
+        [sys.executable, "-m", "clipfs", "run", *options, *places, str(clip), "python3", "-B", "-c", reader],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -148,142 +114,157 @@ def _container(clip: Path, directory: Path) -> Iterator[subprocess.Popen[str]]:
                 process.terminate()
 
 
-def _read(container: subprocess.Popen[str]) -> str:
-    """Have the image read once; its digest, or nothing if the container has ended."""
+def _tell(container: subprocess.Popen[str], line: str) -> None:
     assert container.stdin is not None
+    container.stdin.write(f"{line}\n")
+    container.stdin.flush()
+
+
+def _read(container: subprocess.Popen[str]) -> list[str]:
+    """Have the image read once; what is different."""
     assert container.stdout is not None
     watchdog = threading.Timer(_ROUND_SECONDS, container.kill)
     watchdog.start()
     try:
-        container.stdin.write("\n")
-        container.stdin.flush()
+        _tell(container, "again")
         line = container.stdout.readline()
     except BrokenPipeError:
         line = ""
     finally:
         watchdog.cancel()
+        watchdog.join()
     if not line:
-        raise SystemExit(f"the container ended: {container.communicate(timeout=60)[1]}")
-    return line.strip()
-
-
-def _mounted(container: subprocess.Popen[str]) -> MountRecord:
-    """The mount that the container is on. When it has read something, it is there."""
-    first = _read(container)
-    assert first
-    [record] = clipfs.mounts()
-    return record
+        raise SoakError(f"the container ended: {container.communicate(timeout=60)[1]}")
+    different: list[str] = json.loads(line)
+    return different
 
 
 def _trouble(
     result: Soaked, record: MountRecord, proxy: FaultProxy, seconds: float, seed: int, directory: Path
 ) -> None:
     """Make it for so long, and look at the processes meanwhile."""
-    chance, began = Random(seed), time.monotonic()
-    events: list[tuple[float, str]] = []
-    for what, rate in (("kill", KILLS), ("upgrade", UPGRADES), ("away", FLAPS), ("forget", FORGOTTEN)):
-        count = max(1, round(rate * seconds / 60))
-        slot = seconds / count
-        events += [((number + chance.random()) * slot, what) for number in range(count)]
-    events += [(at + _AWAY_SECONDS, "back") for at, what in events if what == "away"]
-    for at, what in sorted(events):
+    began = time.monotonic()
+    for at, what in _events(result.planned, seconds, Random(seed)):
         time.sleep(max(0.0, began + at - time.monotonic()))  # moments of chance are what this is about
-        match what:
-            case "kill":
-                worker = _now(record).worker
-                if worker is not None and worker.alive:
-                    os.kill(worker.pid, signal.SIGKILL)
-                    result.kills += 1
-            case "upgrade":
-                try:
-                    clipfs.upgrade(record.mountpoint)
-                    result.upgrades += 1
-                except clipfs.MountError as error:
-                    # A worker that was killed while another was getting ready is replaced by that.
-                    if "has ended" not in str(error) and "keep dying" not in str(error):
-                        raise
-            case "away":
-                proxy.down()
-                result.flaps += 1
-            case "back":
-                proxy.up()
-            case "forget":
-                Path("/proc/sys/vm/drop_caches").write_text("3")
-                result.samples.append(_sample(_now(record), time.monotonic() - began, directory))
+        if _happened(what, record, proxy):
+            result.made.setdefault(what, []).append(time.monotonic() - began)
+        if what == "forget" and (sample := _sample(_now(record), time.monotonic() - began, directory)):
+            result.samples.append(sample)
+
+
+def _events(planned: dict[str, int], seconds: float, chance: Random) -> list[tuple[float, str]]:
+    """What happens when: at a moment of chance in each of as many slots as it is planned times."""
+    events: list[tuple[float, str]] = []
+    for what, count in planned.items():
+        slot = (_TROUBLED if what in ("kill", "upgrade") else 1.0) * seconds / count
+        events += [((number + chance.random()) * slot, what) for number in range(count)]
+    # Absences may touch, but not overlap.
+    away = sorted(at for at, what in events if what == "away")
+    ends = [min(at + _AWAY_SECONDS, after) for at, after in zip(away, [*away[1:], seconds + 1], strict=True)]
+    return sorted([*events, *((at, "back") for at in ends)])
+
+
+def _happened(what: str, record: MountRecord, proxy: FaultProxy) -> bool:
+    match what:
+        case "kill":
+            worker = _now(record).worker
+            if worker is None or not worker.alive:
+                return False
+            os.kill(worker.pid, signal.SIGKILL)
+        case "upgrade":
+            try:
+                clipfs.upgrade(record.mountpoint)
+            except clipfs.MountError as error:
+                # A worker that was killed while another was getting ready is replaced by that.
+                if "has ended" not in str(error) and "keep dying" not in str(error):
+                    raise
+                return False
+        case "away":
+            proxy.down()
+        case "back":
+            proxy.up()
+        case "forget":
+            Path("/proc/sys/vm/drop_caches").write_text("3")
+    return True
 
 
 def _now(record: MountRecord) -> MountRecord:
     return next((known for known in state.records() if known.process == record.process), record)
 
 
-def _sample(record: MountRecord, seconds: float, directory: Path) -> Sample:
-    memory = descriptors = 0
-    for process in (record.process, record.worker):
+def _sample(record: MountRecord, seconds: float, directory: Path) -> Sample | None:
+    """None if the worker has just been killed."""
+    assert record.worker is not None
+    supervisor, worker = record.process.pid, record.worker.pid
+    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
+    try:
+        held = (_memory(worker), len(os.listdir(f"/proc/{worker}/fd")))
+    except (OSError, ValueError):
+        return None
+    return Sample(
+        seconds, _memory(supervisor), len(os.listdir(f"/proc/{supervisor}/fd")), worker, *held, 1 + len(children),
+        _cached(directory / "spans"),
+    )  # fmt: skip
+
+
+def _memory(pid: int) -> int:
+    text = Path(f"/proc/{pid}/status").read_text()
+    [resident] = [int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("VmRSS")]
+    return resident
+
+
+def _cached(directory: Path) -> int:
+    total = 0
+    for path in directory.rglob("*"):
         try:
-            assert process is not None
-            text = Path(f"/proc/{process.pid}/status").read_text()
-            resident = [line.split()[1] for line in text.splitlines() if line.startswith("VmRSS")]
-            memory += sum(map(int, resident)) << 10
-            if process == record.process:
-                descriptors = len(os.listdir(f"/proc/{process.pid}/fd"))
-        except OSError:
-            continue  # it has just been killed
-    cached = 0
-    for path in (directory / "spans").rglob("*"):
-        try:
-            cached += path.stat().st_size if path.is_file() and not path.name.endswith(".part") else 0
+            total += path.stat().st_size if path.is_file() and not path.name.endswith(".part") else 0
         except OSError:
             continue
-    return Sample(seconds, memory, descriptors, cached)
-
-
-def plot(result: Soaked, file: Path) -> None:
-    """Memory, descriptors and cache over time."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-
-    minutes = [sample.seconds / 60 for sample in result.samples]
-    figure, axes = plt.subplots(3, 1, sharex=True, figsize=(8, 6), layout="constrained")
-    for axis, title, values in (
-        (axes[0], "resident memory of supervisor and worker, MB", [s.memory / 1e6 for s in result.samples]),
-        (axes[1], "descriptors of the supervisor", [float(s.descriptors) for s in result.samples]),
-        (axes[2], "cache on disk, MB", [s.cached / 1e6 for s in result.samples]),
-    ):
-        axis.plot(minutes, values, linewidth=1)
-        axis.set_title(title, loc="left", fontsize=10)
-        axis.set_ylim(bottom=0)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[2].axhline(_DISK / 1e6, linestyle=":", linewidth=1, color="black")
-    axes[2].set_xlabel(f"minutes; {result.kills} kills, {result.upgrades} upgrades, {result.flaps} times no registry")
-    figure.savefig(file, metadata={"Date": None})
-    plt.close(figure)
+    return total
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description="A mount under permanent trouble.")
-    parser.add_argument("--minutes", type=float, default=25.0, help="default: 25, which are 300 kills")
-    parser.add_argument("--image", default=f"oci:{ROOT}/.cache/demo/oci:latest", help="default: the demo image")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory, descriptors and cache here")
-    args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="clipfs-soak-") as scratch:
-        for what in ("STATE", "CACHE"):
-            os.environ[f"CLIPFS_{what}"] = str(Path(scratch) / what.lower())
-        result = soak(args.image, args.minutes, Path(scratch))
-    if args.plot:
-        plot(result, args.plot)
-    resident = [sample.memory / 1e6 for sample in result.samples]
-    half = len(resident) // 2
-    print(
-        f"{len(result.digests)} readings of the whole image, all right; {result.kills} kills, {result.upgrades} "
-        f"upgrades, {result.flaps} times no registry; resident at most {max(resident[:half]):.0f} MB in the first "
-        f"half, {max(resident[half:]):.0f} MB in the second"
-        if not result.wrong
-        else "\n".join(itertools.chain(["soak: FAILED"], result.wrong))
+    parser.add_argument("--minutes", type=float, default=25.0, help="in all; default: 25, which are 300 kills")
+    parser.add_argument(
+        "--view", choices=(*_VIEWS, "both"), default="both", help="default: both, half of the time each"
     )
-    return 1 if result.wrong else 0
+    parser.add_argument("--image", default=f"oci:{ROOT}/.cache/demo/oci:latest", help="default: the demo image")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what the processes held here")
+    args = parser.parse_args(argv)
+    views = _VIEWS if args.view == "both" else (args.view,)
+    results, wrong = list[Soaked](), list[str]()
+    with tempfile.TemporaryDirectory(prefix="clipfs-soak-") as scratch:
+        places = Places(*(Path(scratch) / name for name in ("base", "state", "tmp", "cache/scratch")))
+        for name, path in (("STATE", places.state), ("CACHE", places.scratch.parent)):
+            os.environ[f"CLIPFS_{name}"] = str(path)
+        places.temporary.mkdir()
+        os.environ["TMPDIR"] = tempfile.tempdir = str(places.temporary)
+        try:
+            for view in views:
+                with nothing_left_behind(places):
+                    results.append(soak(args.image, args.minutes / len(views), places.base / view, view))
+        except (SoakError, AssertionError, clipfs.ClipfsError, OSError) as error:
+            wrong.append(f"{type(error).__name__}: {error}")
+        tempfile.tempdir = None
+    wrong += [sentence for result in results for sentence in result.wrong]
+    if args.plot and results:
+        plot(results, args.plot)
+    for result in results:
+        print(_summary(result))
+    print("\n".join(["soak: FAILED", *wrong]) if wrong else "not one byte wrong, no error, nothing left behind")
+    return 1 if wrong else 0
+
+
+def _summary(result: Soaked) -> str:
+    late = result.samples[-len(result.samples) // 4 :]
+    return (
+        f"{result.view} view: {result.readings} readings of the whole image; {result.count('kill')} kills, "
+        f"{result.count('upgrade')} upgrades, {result.count('away')} times no registry; at last, resident "
+        f"{max(s.supervisor_memory for s in late) / 1e6:.0f} MB in the supervisor and "
+        f"{max(s.worker_memory for s in late) / 1e6:.0f} MB in the worker, {max(s.processes for s in late)} processes"
+    )
 
 
 if __name__ == "__main__":
