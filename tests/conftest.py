@@ -65,10 +65,12 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left_behind(places: Places) -> Iterator[None]:
+def _nothing_left_behind(places: Places, request: pytest.FixtureRequest) -> Iterator[None]:
     """See `tests.leftovers`. What larger-scoped fixtures hold is there before it."""
     with nothing_left_behind(places):
         yield
+        # What the test was given is nobody's any more, and ends if that is how it ends.
+        request.node.funcargs.clear()
 
 
 @pytest.fixture(scope="session")
