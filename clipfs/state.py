@@ -204,7 +204,11 @@ def asking(process: Process) -> Iterator[int]:
 
 def answer(process: Process, why: str) -> None:
     """Tell everybody who has asked `process` for something that it is done, or if not, why."""
-    for path in _mounts_dir().glob(f"{process}.*.asked"):
+    try:
+        directory = _mounts_dir()
+    except ClipfsError:
+        return  # somebody has taken it away, and with it all questions
+    for path in directory.glob(f"{process}.*.asked"):
         # Who does not listen any more does not want to know.
         with suppress(OSError):
             descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -46,7 +46,8 @@ class Counters:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             with open(descriptor, "r+b") as file:
-                file.truncate(_SIZE)
+                # With room on the disk: whoever counts in a hole of a file dies of it when the disk is full (SIGBUS).
+                os.posix_fallocate(descriptor, 0, _SIZE)
                 return cls(mmap.mmap(file.fileno(), _SIZE))
         except OSError as error:
             raise ClipfsError(f"cannot keep counters in {path}: {error.strerror}") from error

@@ -95,10 +95,15 @@ class Channel:
             self._end.send(json.dumps({"say": what, **fields}).encode(), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
     def hear(self) -> dict[str, Any] | None:
-        """The next message, waiting for it. None if the other one is gone."""
+        """The next message, waiting for it. None if the other one is gone. What is no message says nothing."""
         try:
             message = self._end.recv(_LARGEST)
         except ConnectionError:
             return None
-        heard: dict[str, Any] | None = json.loads(message) if message else None
-        return heard
+        if not message:
+            return None
+        try:
+            heard = json.loads(message)
+        except (ValueError, RecursionError):
+            heard = None
+        return heard if isinstance(heard, dict) and isinstance(heard.get("say"), str) else {"say": ""}

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
+from clipfs.errors import ClipfsError
 from clipfs.mounting import kernel, mountinfo
 from clipfs.mounting.child import Child, said
 from clipfs.mounting.connection import Connection
@@ -144,7 +145,11 @@ class Supervisor:
                 log.info("process %d serves %s", child.process.pid, self._record.mountpoint)
                 child.served_since = time.monotonic()
                 self._record = replace(self._record, worker=child.process)
-                self._record.save()
+                try:
+                    self._record.save()
+                except (OSError, ClipfsError) as error:
+                    # Readers are served all the same; others go on seeing the worker before.
+                    log.warning("cannot note who serves %s: %s", self._record.mountpoint, error)
                 answer(self._record.process, "")
             case "failed":
                 log.error("%s", message["sentence"])
