@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import clipfs
 from assembler.upper import REQUIRED, seed
 
+LIBC = ctypes.CDLL(None)
 OLD = 1_500_000_000_123_456_789
 
 
@@ -205,3 +208,48 @@ def test_a_component_swapped_for_a_link_leads_nowhere(
     with pytest.raises((clipfs.ClipfsError, OSError)):
         seed(lower, upper, ["/srv/data/new"])
     assert tree(outside) == {"data": "drwxr-xr-x"}
+
+
+def test_swaps_while_it_seeds(lower: Path, tmp_path: Path) -> None:
+    """A thread of the image's owner swaps each directory on the way for a link to the host's, again and again.
+
+    Whatever a seeding comes to, nothing of the host is made, changed, or copied.
+    """
+    outside = tmp_path / "outside"
+    (outside / "data").mkdir(parents=True)
+    outside.chmod(0o2741)
+    os.setxattr(outside, "user.secret", b"of the host")
+    for place in (lower / "srv", lower / "tmp", lower / "srv" / "data"):
+        place.mkdir()
+        place.with_name(f"{place.name}.link").symlink_to(outside)
+    before, stop, swaps = (tree(outside), outside.stat().st_mtime_ns), threading.Event(), 0
+
+    def swap() -> None:
+        nonlocal swaps
+        while not stop.is_set():
+            for name in (b"srv/data", b"srv", b"tmp"):
+                # Both exist all the time; only what they are changes (RENAME_EXCHANGE).
+                place = os.fsencode(lower) + b"/" + name
+                LIBC.renameat2(-100, place, -100, place + b".link", 2)
+            swaps += 1
+
+    thread, outcomes = threading.Thread(target=swap), set[str]()
+    thread.start()
+    try:
+        for number in range(150):
+            upper = tmp_path / f"upper-{number}"
+            upper.mkdir()
+            try:
+                seed(lower, upper, ["/srv/data/new", "/tmp/new"])
+                outcomes.add("seeded")
+            except (clipfs.ClipfsError, OSError):
+                outcomes.add("refused")
+            for path in [upper, *upper.rglob("*")]:
+                assert not path.is_symlink()
+                assert "user.secret" not in os.listxattr(path)
+    finally:
+        stop.set()
+        thread.join()
+    assert swaps > 100
+    assert outcomes == {"seeded", "refused"}
+    assert (tree(outside), outside.stat().st_mtime_ns) == before
