@@ -163,6 +163,31 @@ print(len(clipfs.gc()), mountinfo.top_at(os.path.abspath(place)), clipfs.mounts(
     assert (forced, cleaned) == ("None", "1 None []")
 
 
+def test_a_worker_that_dies_and_one_that_is_replaced(home: Path) -> None:
+    """Takeover and upgrade need no more rights than the mount: the supervisor has the descriptor."""
+    done = python(
+        home,
+        """
+with clipfs.mount("small.clip", place, MountOptions(cache=1 << 20, cache_size=0, prefetch="none")) as mounted:
+    def worker():
+        [record] = state.records()
+        return record.worker
+    whole = open(place + "/big", "rb").read()
+    first = worker()
+    os.kill(first.pid, 9)
+    print(open(place + "/big", "rb").read() == whole, os.listdir(place + "/usr/bin"))
+    mounted.upgrade()
+    second = worker()
+    print(open(place + "/big", "rb").read() == whole, second != first, second.alive)
+    status = open(f"/proc/{second.pid}/status").read().split()
+    print(status[status.index("NoNewPrivs:") + 1], status[status.index("CapEff:") + 1])
+wait(mounted)
+""",
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["True ['id']", "True True True", "1 0000000000000000"]
+
+
 def test_others_look_in_only_if_the_machine_s_owner_lets_them(home: Path) -> None:
     done = shell(
         home,
