@@ -49,6 +49,8 @@ INDEX_TYPES = (OCI_INDEX, DOCKER_LIST)
 MAX_MANIFEST = 4 << 20
 # A config grows with its history and labels; containers/image stops at half of this.
 MAX_CONFIG = 8 << 20
+# Docker and BuildKit make 127 at most. One layer can be listed as often as a manifest has room, and is read each time.
+MAX_LAYERS = 1024
 # Offsets into a layer have 48 bits in a .clip, and no blob of 256 TiB is honest.
 MAX_BLOB = (1 << 48) - 1
 
@@ -208,6 +210,8 @@ def _image_manifest(whole: Fields, raw: bytes, kind: str) -> Manifest:
             f"this is an artifact of type {quoted(artifact)}, not a container image; it has no file system"
         )
     layers = tuple(_descriptor(each) for each in whole.children("layers"))
+    if len(layers) > MAX_LAYERS:
+        raise ImageError(f"the image has {len(layers)} layers; more than {MAX_LAYERS} are not read")
     for layer in layers:
         if layer.media_type.endswith("+encrypted"):
             raise ImageError(

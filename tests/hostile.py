@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from typing import Any
 import zstandard
 
 from tests.images import LayoutBuilder
-from tests.tars import END, Tar, header, pax
+from tests.tars import END, Tar, header, pax, pax_sparse
 
 MB = 1 << 20
 
@@ -71,13 +72,60 @@ def _huge_hole() -> bytes:
 _of("a sparse file of 1 EiB", _huge_hole)
 
 
+def _pieces(count: int) -> bytes:
+    return pax_sparse(b"s", 2 * count, [(2 * number, b"x") for number in range(count)], version="1.0")
+
+
+def _xattrs() -> bytes:
+    values: dict[str | bytes, str | bytes] = {f"SCHILY.xattr.user.{n}": b"v" * 62_000 for n in range(4)}
+    return pax(values) + header(b"f")
+
+
+def _hard_links(count: int) -> bytes:
+    return header(b"f") + b"".join(header(b"%x" % number, typeflag=b"1", link=b"f") for number in range(count))
+
+
+def _deep_by_links() -> Tar:
+    """Each link leads 2,000 directories down, to where the next one is; a path follows 40 at most."""
+    tar = Tar()
+    for number in range(1, 40):
+        tar.symlink("/".join(["l"] * number), "d/" * 2000 + "d")
+    return tar.file("/".join(["l"] * 39) + "/x", b"x")
+
+
+_of("directories 78,000 deep, by way of symlinks", _deep_by_links)
+
+
 def _members(count: int) -> Iterator[bytes]:
     for number in range(count):
         yield header(b"%x" % number)
     yield END
 
 
+def _again(name: str, times: int, make: Callable[[], bytes]) -> None:
+    """A layer of one piece of tar, so many times over: as many members of a gzip stream, a thousandth as large."""
+
+    def write(at: Path) -> str:
+        piece, whole = make(), hashlib.sha256()
+        for _ in range(times):
+            whole.update(piece)
+        builder = LayoutBuilder(at)
+        kind = "application/vnd.oci.image.layer.v1.tar+gzip"
+        builder.raw_layer(gzip.compress(piece, 1, mtime=0) * times, b"", kind, {})
+        builder._diff_ids = [f"sha256:{whole.hexdigest()}"]
+        return builder.config().write()
+
+    IMAGES[name] = write
+
+
 _of("a million members", lambda: b"".join(_members(1_000_000)))
+_again("ten million members", 1000, lambda: b"".join(header(b"%x" % number) for number in range(10_000)))
+_again("a million hard links to one file", 100, lambda: _hard_links(10_000))
+_again("10,000 files with 250 KB of xattrs each", 1000, lambda: _xattrs() * 10)
+_again("2,000 PAX headers of 100,000 records each", 2000, lambda: pax({b"%d" % n: b"" for n in range(100_000)}))
+_again("2,000 PAX headers of 1 MB", 2000, lambda: pax({"comment": b"c" * 1_000_000}) + header(b"x"))
+_of("a sparse file of 100,000 pieces", lambda: _pieces(100_000) + END)
+_again("1,000 sparse files of 100,000 pieces", 1000, lambda: _pieces(100_000))
 _of("directories 100,000 deep", lambda: pax({"path": b"d/" * 100_000}) + header(b"x", typeflag=b"5") + END)
 
 
@@ -154,6 +202,36 @@ def _large_manifest(at: Path) -> str:
     return _changed(at, lambda manifest: manifest.update(annotations={"x": "x" * 100_000_000}))
 
 
+@_image("an index.json of 100 MB")
+def _large_index(at: Path) -> str:
+    name = _changed(at, lambda manifest: None)
+    with (at / "index.json").open("ab") as index:
+        index.write(b" " * 100_000_000)
+    return name
+
+
+@_image("a manifest of 4 MB of empty lists")
+def _manifest_of_lists(at: Path) -> str:
+    return _changed(at, lambda manifest: manifest.update(x=[[]] * 1_000_000))
+
+
+@_image("a manifest of 20,000 layers that are one")
+def _many_layers(at: Path) -> str:
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["layers"] *= 20_000
+
+    return _changed(at, change)
+
+
+@_image("a config of 100 MB")
+def _large_config(at: Path) -> str:
+    def change(manifest: dict[str, Any]) -> None:
+        data = json.dumps({"os": "linux", "x": "x" * 100_000_000}).encode()
+        manifest["config"].update(digest=_blob(at, data), size=len(data))
+
+    return _changed(at, change)
+
+
 @_image("a manifest of 100,000 nested lists")
 def _deep_manifest(at: Path) -> str:
     name = _changed(at, lambda manifest: None)
@@ -187,6 +265,24 @@ def _symlinked_blob(at: Path) -> str:
         if path.read_bytes()[:2] == b"\x1f\x8b":
             path.unlink()
             path.symlink_to("/etc/passwd")
+    return name
+
+
+@_image("a layout that is a pipe where a blob should be")
+def _pipe(at: Path) -> str:
+    name = _changed(at, lambda manifest: None)
+    for path in (at / "blobs" / "sha256").iterdir():
+        if path.read_bytes()[:2] == b"\x1f\x8b":
+            path.unlink()
+            os.mkfifo(path)
+    return name
+
+
+@_image("a layout whose index.json is a symlink to a file of the host")
+def _symlinked_index(at: Path) -> str:
+    name = _changed(at, lambda manifest: None)
+    (at / "index.json").unlink()
+    (at / "index.json").symlink_to("/etc/passwd")
     return name
 
 

@@ -11,8 +11,10 @@ import os
 import stat
 import sys
 
-# A container has mounts there, or files that `clipfs run` mounts.
-_OTHERS = ("dev", "proc", "sys", "workspace", "volumes", "etc/hosts", "etc/resolv.conf")
+# A container has mounts there, or what `clipfs run` makes and mounts.
+_OTHERS = ("dev", "proc", "sys", "tmp", "workspace", "volumes", "etc/hosts", "etc/resolv.conf")
+# Where that changes the time of a directory.
+_TOUCHED = ("etc",)
 # Sentences that are said of one reading.
 _MOST = 20
 
@@ -31,11 +33,11 @@ def fingerprints(root: str) -> dict[str, str]:
             path = os.path.join(top, name)
             shown = os.path.normpath(f"{inside}/{name}")
             if shown not in _OTHERS:
-                found[os.fsencode(shown).decode("latin-1")] = _fingerprint(path)
+                found[os.fsencode(shown).decode("latin-1")] = _fingerprint(path, timed=shown not in _TOUCHED)
     return found
 
 
-def _fingerprint(path: str) -> str:
+def _fingerprint(path: str, *, timed: bool) -> str:
     info = os.lstat(path)
     content = ""
     if stat.S_ISREG(info.st_mode):
@@ -44,7 +46,8 @@ def _fingerprint(path: str) -> str:
     elif stat.S_ISLNK(info.st_mode):
         content = os.fsencode(os.readlink(path)).decode("latin-1")
     size = info.st_size if stat.S_ISREG(info.st_mode) else 0
-    return f"{info.st_mode:o} {info.st_uid} {info.st_gid} {size} {int(info.st_mtime)} {content}"
+    time = int(info.st_mtime) if timed else 0
+    return f"{info.st_mode:o} {info.st_uid} {info.st_gid} {size} {time} {content}"
 
 
 def differences(right: dict[str, str], found: dict[str, str]) -> list[str]:
