@@ -425,6 +425,20 @@ def test_what_a_worker_may_do(large: Path, mountpoint: Path) -> None:
     assert b"hostname" not in words
 
 
+def test_a_worker_leaves_no_core(large: Path, content: bytes, mountpoint: Path, tmp_path: Path) -> None:
+    """Its memory has credentials. No limit keeps the kernel from piping a core dump to a program, as most machines do;
+    so the process is one that is not dumped, and says so by whose its files in /proc are."""
+    with clipfs.mount(large, mountpoint, FRESH) as mounted:
+        worker = worker_of(mounted)
+        # Of a process that can be dumped, this is readable by its own user; of others, root needs a capability.
+        done = run("setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-all", "cat", f"/proc/{worker.pid}/mem")
+        assert "Permission denied" in done.stderr
+        os.kill(worker.pid, signal.SIGSEGV)
+        assert ended(worker.pid)
+        assert (mountpoint / "large").read_bytes() == content
+        assert list(tmp_path.rglob("core*")) == []
+
+
 # --- many
 
 
