@@ -5,6 +5,8 @@ Who takes over from whom is in `test_takeover`; what the processes let go of, in
 
 from __future__ import annotations
 
+import base64
+import logging
 import os
 import shutil
 import signal
@@ -22,10 +24,11 @@ from clipfs import MountOptions, state
 from clipfs.errors import ClipfsError
 from clipfs.mounting import child
 from clipfs.mounting.control import Channel
-from tests.conftest import require_root
+from tests.conftest import require_programs, require_root
 from tests.containers import Cli, leftovers
 from tests.images import LayoutBuilder
-from tests.mounts import SECONDS, ended, run
+from tests.mounts import BIG, SECONDS, ended, run
+from tests.registry import Registry
 from tests.tars import Tar
 
 pytest_plugins = ("tests.mount_fixtures", "tests.container_fixtures")
@@ -316,3 +319,36 @@ def test_nothing_of_ours_is_for_others(large: Path, mountpoint: Path, runtime: P
                     assert path.stat().st_mode & 0o077 == 0, path
         done = run("setpriv", "--reuid", "65534", "--clear-groups", "ls", tmp_path / "cache", runtime)
         assert done.returncode != 0
+
+
+def test_a_password_is_in_no_argument_and_no_file_of_ours(
+    image: str, mountpoint: Path, tmp_path: Path, runtime: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not while it is used, nor in what is kept afterwards."""
+    require_programs("docker-registry", "skopeo", "openssl", "htpasswd")
+    caplog.set_level(logging.DEBUG)
+    password = "s3cret-of-the-registry"
+    with Registry(tmp_path, auth=("user", password), tls=True) as registry:
+        name, authfile = registry.push(image, "team/app:v1"), registry.authfile()
+        kept = tmp_path / "kept"
+        kept.mkdir()
+        clipfs.build(name, kept / "x.clip", authfile=authfile, ca=registry.ca)
+        options = MountOptions(
+            authfile=authfile, ca=registry.ca, log=kept / "log", report=kept / "report", cache_size=0, prefetch="none"
+        )
+        with clipfs.mount(kept / "x.clip", mountpoint, options):
+            drop_caches()
+            assert (mountpoint / "big").read_bytes() == BIG
+            assert registry.settled()
+            record = the_record()
+            assert record.worker is not None
+            seen = [Path(f"/proc/{pid}/cmdline") for pid in (record.process.pid, record.worker.pid)]
+            seen += [path for top in (runtime, tmp_path / "cache", kept) for path in top.rglob("*") if path.is_file()]
+            texts = {str(path): path.read_bytes() for path in seen}
+        texts |= {str(path): path.read_bytes() for path in kept.iterdir()}
+    assert {"log", "report", "x.clip"} <= {Path(path).name for path in texts}
+    assert b"serving" in texts[str(kept / "log")]
+    encoded = base64.b64encode(f"user:{password}".encode())
+    assert [path for path, text in texts.items() if password.encode() in text or encoded in text] == []
+    assert password not in caplog.text
+    assert encoded.decode() not in caplog.text
