@@ -134,7 +134,9 @@ def _draw(axis: Any, result: Soaked, title: str, lines: dict[str, Callable[[Samp
     axis.set_ylim(bottom=0)
     for what, colour in (("kill", "tab:red"), ("upgrade", "tab:green")):
         at = [seconds / 60 for seconds in result.made.get(what, ())]
-        axis.plot(at, [0] * len(at), "|", color=colour, markersize=8, label=f"{what}s", clip_on=False)
+        # A name that begins so is not in the legend; once is enough.
+        label = f"{what}s" if title.startswith("resident") else f"_{what}s"
+        axis.plot(at, [0] * len(at), "|", color=colour, markersize=8, label=label, clip_on=False)
     axis.set_ylabel(title)
     axis.legend(loc="lower right", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)

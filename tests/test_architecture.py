@@ -38,6 +38,7 @@ ORDER = (
     "clipfs.compression.spans",
     "clipfs.layers.pax",
     "clipfs.layers.members",
+    "clipfs.layers.bounds",
     "clipfs.layers.sparse",
     "clipfs.layers.layer",
     "clipfs.layers.entries",

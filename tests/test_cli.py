@@ -57,6 +57,17 @@ class TestHelp:
         assert "--help" in said
 
 
+@pytest.mark.parametrize(("words", "dumpable"), [(["inspect", __file__], "0"), (["gc"], "1")])
+def test_credentials_are_in_no_core_dump(words: list[str], dumpable: str) -> None:
+    """Of a command that may read some, the kernel makes none (PR_GET_DUMPABLE), wherever it would send it."""
+    program = "import ctypes, sys; from clipfs.cli.main import main; main(sys.argv[1:]); "
+    program += "print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert done.stdout == f"{dumpable}\n"
+
+
 class TestIndex:
     def test_what_it_says(self, image: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         out = tmp_path / "x.clip"
