@@ -21,6 +21,7 @@ import pytest
 import clipfs
 from assembler import kernel
 from clipfs import MountOptions, state
+from clipfs.blocks.counters import Counters
 from clipfs.errors import ClipfsError
 from clipfs.mounting import child
 from clipfs.mounting.control import Channel
@@ -243,6 +244,19 @@ def test_a_full_disk_below_the_state(
         with pytest.raises(ClipfsError, match="No space left"):
             clipfs.mount(large, mountpoint)
         assert not os.path.ismount(mountpoint)
+
+
+def test_counters_have_their_room_before_anybody_counts(tmp_path: Path) -> None:
+    """In a hole of a file on a full disk, the first one to count would die (SIGBUS)."""
+    with small_disk(tmp_path / "small", "64k") as disk:
+        fill(disk)
+        with pytest.raises(ClipfsError, match="No space left"):
+            Counters.create(disk / "counters")
+        (disk / "filler").unlink()
+        counters = Counters.create(disk / "counters")
+        fill(disk)
+        counters.hit(1)
+        counters.close()
 
 
 def test_a_state_directory_that_is_taken_away(large: Path, mountpoint: Path, runtime: Path) -> None:
