@@ -10,8 +10,9 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,8 @@ from tests.leftovers import Places, nothing_left_behind
 
 _ROOT = Path(__file__).parent.parent
 _DEMO = _ROOT / ".cache" / "demo"
+
+_FAILED = pytest.StashKey[bool]()
 
 
 # A shell that starts us in the background has us and all that we start ignore Ctrl-C. A person has it otherwise.
@@ -67,10 +70,21 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
 @pytest.fixture(autouse=True)
 def _nothing_left_behind(places: Places, request: pytest.FixtureRequest) -> Iterator[None]:
     """See `tests.leftovers`. What larger-scoped fixtures hold is there before it."""
-    with nothing_left_behind(places):
+    with nothing_left_behind(places) as forgiven:
         yield
-        # What the test was given is nobody's any more, and ends if that is how it ends.
+        # What the test was given is nobody's any more, and ends if that is how it ends. A report has more of it.
         request.node.funcargs.clear()
+        if request.node.stash.get(_FAILED, False):
+            forgiven.add("descriptor")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Note whether a test failed, for its fixtures."""
+    report = yield
+    if report.failed:
+        item.stash[_FAILED] = True
+    return report
 
 
 @pytest.fixture(scope="session")

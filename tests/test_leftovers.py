@@ -128,5 +128,13 @@ def test_what_is_left_is_seen(kind: str, places: Places, tmp_path: Path) -> None
         pass  # it was there before, or is gone
 
 
+def test_what_is_forgiven(places: Places, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as later, nothing_left_behind(places) as forgiven:
+        later.enter_context(_a_descriptor(places, tmp_path))
+        kept = later.pop_all()
+        forgiven.add("descriptor")
+    kept.close()
+
+
 def test_the_fixture_is_used_by_every_test(request: pytest.FixtureRequest) -> None:
     assert "_nothing_left_behind" in request.fixturenames
