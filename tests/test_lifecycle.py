@@ -88,6 +88,11 @@ class Container:
         self._process = cli.start("run", "--rm", "-i", "--prefetch", "none", *words, "sh", "-c", self.SCRIPT)
         self.right = self.read()
 
+    @property
+    def pid(self) -> int:
+        """Of the command."""
+        return self._process.pid
+
     def read(self) -> bytes:
         assert self._process.stdin
         assert self._process.stdout
@@ -111,6 +116,20 @@ def test_kills_and_upgrades_under_a_container(cli: Cli, base: Path, tree_clip: P
         assert container.read() == container.right
     assert container.end() == (0, b"")
     assert leftovers(base) == []
+
+
+def test_a_clip_that_is_cut_off_under_a_container(cli: Cli, tree_clip: Path, tmp_path: Path, view: str) -> None:
+    """Nobody has it mapped: not the mount, and not the command that waits for the container."""
+    clip = tmp_path / "x.clip"
+    shutil.copy(tree_clip, clip)
+    container = Container(cli, "--view", view, "--stats", clip)
+    for pid in (container.pid, the_record().process.pid):
+        assert str(clip) not in Path(f"/proc/{pid}/maps").read_text()
+    os.truncate(clip, 0)
+    kill_worker()
+    assert container.read() == container.right
+    code, said = container.end()
+    assert (code, b"fetched" in said) == (0, True), said
 
 
 # What a version to come may do: name itself, and say words that this one does not know.
@@ -286,7 +305,7 @@ def test_the_state_of_a_dead_machine(cli: Cli, base: Path, tree_clip: Path, runt
     first = int((base / "web" / "pid").read_text())
     group = Path("/proc", str(first), "cgroup").read_text()
     assert record.worker is not None
-    for pid in (container._process.pid, record.process.pid, record.worker.pid, first):
+    for pid in (container.pid, record.process.pid, record.worker.pid, first):
         os.kill(pid, signal.SIGKILL)
     for pid in (record.process.pid, record.worker.pid, first):
         assert ended(pid)

@@ -34,17 +34,18 @@ def run(args: argparse.Namespace) -> int:
         return assembler.run(directory, _no_image(), options, base, archive="v1")
     with ExitStack() as stack:
         clip = clip_of(args)
-        index = stack.enter_context(Index.open(clip))
+        # Not for longer: who has a file mapped dies if somebody cuts it off (SIGBUS). A mount has a copy.
+        with Index.open(clip) as index:
+            config, compressed = index.config, sum(layer.size for layer in index.layers)
         # From here on there is something to take down, and no signal may come between.
         events = stack.enter_context(assembler.Events())
         container = stack.enter_context(assembler.Container.create(base, options.name))
         mounted = stack.enter_context(mounter.mount(clip, container.mountpoint(), mount_options(args, "suid,dev")))
         output = stack.enter_context(_FirstOutput()) if args.stats else None
-        code = assembler.run_in(container, events, mounted.mountpoint, index.config, options, archive="v2 (OCI)")
+        code = assembler.run_in(container, events, mounted.mountpoint, config, options, archive="v2 (OCI)")
         if output is not None:
             output.close()
-            total = sum(layer.size for layer in index.layers)
-            _report(output.seconds, mounted.counters()["bytes_fetched"], total)
+            _report(output.seconds, mounted.counters()["bytes_fetched"], compressed)
         return code
 
 
