@@ -41,7 +41,7 @@ def nothing_left_behind(places: Places, grace: float = _GRACE) -> Iterator[set[s
     What was there before, such as the mount of a fixture of larger scope, may stay; and so may things whose names begin
     with a word that is put into the set.
     """
-    before, processes, descriptors, forgiven = _present(places), _processes(places), _descriptors(), set[str]()
+    before, processes, descriptors, forgiven = _present(places), _processes(places), _descriptors(places), set[str]()
     yield forgiven
     # umount(8) returns a moment before the process that has served the mount ends.
     for pid in _processes(places).keys() - processes.keys():
@@ -49,9 +49,11 @@ def nothing_left_behind(places: Places, grace: float = _GRACE) -> Iterator[set[s
             select.select([ending], [], [], grace)
     left = _present(places) - before
     left |= {f"process {pid}: {what}" for pid, what in _processes(places).items() if pid not in processes}
-    if _descriptors().keys() - descriptors.keys():
+    if _descriptors(places).keys() - descriptors.keys():
         gc.collect()  # what nobody can use any more is closed when it is collected
-    left |= {f"descriptor {number}: {what}" for number, what in _descriptors().items() if number not in descriptors}
+    left |= {
+        f"descriptor {number}: {what}" for number, what in _descriptors(places).items() if number not in descriptors
+    }
     with contextlib.suppress(ChildProcessError):
         if os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             left.add("a child process that nobody waited for")
@@ -98,10 +100,12 @@ def _processes(places: Places) -> dict[int, str]:
     return found
 
 
-def _descriptors() -> dict[int, str]:
-    """This process's own: files, pipes, sockets."""
+def _descriptors(places: Places) -> dict[int, str]:
+    """This process's own: pipes, sockets, devices, and files of ours. Libraries keep some of theirs open, as fonts."""
     found = {}
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # that of the listing itself
-            found[int(link.name)] = os.readlink(link)
+            what = os.readlink(link)
+            if not what.startswith("/") or what.startswith((*places.prefixes, "/dev/", "/memfd:")):
+                found[int(link.name)] = what
     return found
