@@ -99,6 +99,9 @@ def _shifted(honest: Answer, at: int, host: str) -> Answer:
 
 FAULTS: dict[str, Fault] = {
     "refused: 401, the token expired": Fault(lambda honest, at, host: Answer(401, _challenge(host))),
+    "refused: 401, tokens are where clouds keep credentials": _status(
+        401, WWW_Authenticate='Bearer realm="http://169.254.169.254/latest/api/token",service="tests"'
+    ),
     "refused: 403, the token expired": _status(403),
     "not found: 404": _status(404),
     "busy: 408": _status(408),
@@ -126,6 +129,7 @@ FAULTS: dict[str, Fault] = {
     "several parts": _headers(Content_Type="multipart/byteranges; boundary=x", Content_Range=""),
     "an encoding": _headers(Content_Encoding="gzip"),
     "a head of 200 KB": _headers(X_Bomb="x" * 200_000),
+    "a head of 20,000 lines": _headers(**{f"X_{number}": "x" for number in range(20_000)}),
     "no HTTP": Fault(lambda honest, at, host: replace(honest, headers={"": "\0"})),
     "a signed address that expired": _redirect("http://{host}/storage/expired?X-Amz-Signature=s3cret"),
     "a redirect without end": _redirect(""),

@@ -36,6 +36,7 @@ BYTES, EIO = "bytes", "EIO"
 # fault: (what comes of it if it strikes once, what if it goes on)
 TABLE = {
     "refused: 401, the token expired": (BYTES, EIO),
+    "refused: 401, tokens are where clouds keep credentials": (BYTES, EIO),
     "refused: 403, the token expired": (BYTES, EIO),
     "not found: 404": (BYTES, EIO),
     "busy: 408": (BYTES, EIO),
@@ -61,6 +62,7 @@ TABLE = {
     "several parts": (BYTES, EIO),
     "an encoding": (BYTES, EIO),
     "a head of 200 KB": (BYTES, EIO),
+    "a head of 20,000 lines": (BYTES, EIO),
     "no HTTP": (BYTES, EIO),
     "a signed address that expired": (BYTES, EIO),
     "a redirect without end": (BYTES, EIO),
