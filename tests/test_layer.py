@@ -267,9 +267,9 @@ class TestHostile:
 
 def best_of_three(act: Callable[[], object]) -> float:
     def took() -> float:
-        start = time.perf_counter()
+        start = time.process_time()  # not what others on this machine take
         act()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     return min(took() for _ in range(3))
 
@@ -313,8 +313,8 @@ def test_reads_the_longest_extended_headers_in_time() -> None:
     """What looks at each byte must not look twice: 40 MiB of records and of long names."""
     records = pax({f"k{number}": "" for number in range(80_000)}) * 20
     names = gnu_long(b"x/" * (MAX_EXTENSION // 2 - 1)) * 20
-    start = time.perf_counter()
+    start = time.process_time()
     walk = TarWalk()
     walk.feed(records)
     walk.feed(names)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5

@@ -117,7 +117,8 @@ def _failure(words: Sequence[str], code: int) -> int:
 
 def _discard_output() -> None:
     """Nobody takes our output any more; the interpreter's last flush must not complain about it."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    with open(os.devnull, "wb", buffering=0) as nowhere:
+        os.dup2(nowhere.fileno(), 1)
 
 
 def _parser() -> argparse.ArgumentParser:
