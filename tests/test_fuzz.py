@@ -11,6 +11,7 @@ import random
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from tests.clips import TreeBuilder, seen_in_index, seen_in_tree, write_clip
 from tests.conftest import require, require_programs
 from tests.fuzz import CORPUS, FOUND, TARGETS, Change, Target, __main__, corpora, load
 from tests.fuzz import plan as plan_target
+from tests.fuzz import tar as tar_target
 
 # Seconds under atheris for each target; starting it takes two more.
 _MOMENT = 5
@@ -185,6 +187,27 @@ def test_findings_get_a_name_and_are_kept_once(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "timeout-1").write_bytes(b"slow")
     assert __main__.keep("tar", tmp_path / "timeout-1", tmp_path / "found").name.startswith("timeout-")
     assert len(list((tmp_path / "found" / "tar").iterdir())) == 2
+
+
+def test_what_takes_long_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the processor's time: a machine that stands still makes no input a finding."""
+    content = (CORPUS / "tar" / "sparse-0.0").read_bytes()
+    assert not __main__.slow("tar", content)
+    monkeypatch.setattr(__main__, "_SECONDS", 0.2)
+
+    def turning(*_: object) -> list[Any]:
+        while True:
+            pass
+
+    monkeypatch.setattr(tar_target, "_walked", turning)
+    assert __main__.slow("tar", content)
+
+    def waiting(*_: object) -> list[Any]:
+        time.sleep(0.2)
+        return []
+
+    monkeypatch.setattr(tar_target, "_walked", waiting)
+    assert not __main__.slow("tar", content)
 
 
 # --- structured inputs

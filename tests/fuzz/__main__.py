@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,8 +66,9 @@ def fuzz(name: str, seconds: int, state: Path, found: Path) -> set[str]:
             executions += run.executions
             coverage += run.coverage
             for artifact in run.artifacts:
-                what = keep(name, artifact, found)
-                findings.setdefault(what.name, what)
+                if not artifact.name.startswith(("slow-", "timeout-")) or slow(name, artifact.read_bytes()):
+                    what = keep(name, artifact, found)
+                    findings.setdefault(what.name, what)
         if not run.artifacts:
             break
     rate = executions / max(1.0, time.monotonic() - begun)
@@ -108,6 +110,28 @@ def keep(target: str, artifact: Path, found: Path) -> Path:
     path = directory / f"{what}-{hashlib.sha256(content).hexdigest()[:8]}"
     path.write_bytes(content)
     return path
+
+
+class _TooSlow(BaseException):
+    """Not an error that anything but `slow` would catch."""
+
+
+def slow(target: str, content: bytes) -> bool:
+    """Whether an input takes long by itself. The fuzzer goes by the clock, and on a busy machine all takes long."""
+
+    def out_of_time(*_: object) -> None:
+        raise _TooSlow
+
+    before = signal.signal(signal.SIGPROF, out_of_time)
+    signal.setitimer(signal.ITIMER_PROF, _SECONDS / 4)
+    try:
+        load(target).one(content)
+    except (_TooSlow, Exception):  # noqa: BLE001  one that fails is no better
+        return True
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+    return False
 
 
 def fault(target: str, content: bytes) -> str:
