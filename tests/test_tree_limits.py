@@ -176,11 +176,11 @@ def test_merges_sixty_thousand_members_in_a_second() -> None:
     members = image(60_000)
 
     def took() -> float:
-        tree, start = Tree(), time.perf_counter()
+        tree, start = Tree(), time.process_time()
         tree.apply(0, members)
         tree.apply(1, members)
         tree.finish()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     assert min(took() for _ in range(3)) < 1.2
 
