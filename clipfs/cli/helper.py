@@ -143,6 +143,7 @@ def _clip(spec: str, options: MountOptions) -> Path:
     # Late, for it brings decoders and trio, which a .clip has no use for.
     from clipfs.building.builder import index_for
 
+    kernel.undumpable()  # it may read credentials
     return index_for(spec, insecure=options.insecure, authfile=options.authfile, ca=options.ca)
 
 

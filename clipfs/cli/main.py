@@ -32,8 +32,6 @@ _INPUT_OUTPUT = 74
 _NOT_RUN = 125
 _RUN_CODES = (125, 126, 127)
 
-_DUMPABLE = 4  # linux/prctl.h
-
 # To the first column, and clear the line.
 _WIPED = "\r\x1b[K"
 
@@ -68,18 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failure(words, _INPUT_OUTPUT)
 
 
-def _keep_secrets() -> None:
-    """The credentials that a command may read are for no core dump, wherever the kernel would send it."""
-    import ctypes  # late: most commands of other kinds do without
-
-    ctypes.CDLL(None).prctl(_DUMPABLE, 0, 0, 0, 0)
-
-
 def _obey(words: list[str]) -> int:
     args = _parser().parse_args(words)
     to_terminal(sys.stderr, {0: logging.WARNING, 1: logging.INFO}.get(args.verbose, logging.DEBUG))
-    if hasattr(args, "authfile"):
-        _keep_secrets()
+    if hasattr(args, "authfile"):  # it may read credentials
+        from clipfs.mounting.kernel import undumpable
+
+        undumpable()
     command = import_module(f"clipfs.cli.{args.module}")
     try:
         code: int = getattr(command, args.call)(args)

@@ -28,6 +28,8 @@ _FROM_EMPTY_PATH = 4
 _AT_FDCWD = -100
 _CLONE_NEWNS = 0x20000
 
+_DUMPABLE = 4  # linux/prctl.h
+
 # Attributes of a mount (linux/mount.h).
 RDONLY, NOSUID, NODEV, NOEXEC = 1, 2, 4, 8
 
@@ -73,6 +75,12 @@ def enter_mount_namespace(descriptor: int) -> None:
     if _LIBC.setns(descriptor, _CLONE_NEWNS) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def undumpable() -> None:
+    """From here on, nothing that this process knows gets into a core dump, not even one that the kernel pipes to a
+    program, which no limit binds; nor can other processes of the same user look into it."""
+    _LIBC.prctl(_DUMPABLE, 0, 0, 0, 0)
 
 
 @contextlib.contextmanager

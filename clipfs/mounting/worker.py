@@ -18,11 +18,12 @@ from pathlib import Path
 
 from clipfs import log as logs
 from clipfs.errors import ClipfsError
+from clipfs.mounting import kernel
 from clipfs.mounting.control import Channel, Job
 
 log = logging.getLogger(__name__)
 
-_DUMPABLE, _NO_NEW_PRIVS = 4, 38  # linux/prctl.h
+_NO_NEW_PRIVS = 38  # linux/prctl.h
 
 # linux/capability.h. An image may be in the files of any user, and a log or a trace may have to go to them.
 _DAC_OVERRIDE, _DAC_READ_SEARCH = 1, 2
@@ -63,14 +64,13 @@ def told(error: BaseException) -> str:
 
 def _restrict(oom: int | None) -> None:
     """Give up what is not needed: new privileges, capabilities, core dumps, and the supervisor's safety from OOM."""
-    # It has credentials and tokens in memory. The limit does not bind programs that the kernel pipes core dumps to; the
-    # attribute does, and keeps other processes of the same user from looking in.
+    # It has credentials and tokens in memory.
+    kernel.undumpable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if oom is not None:
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text(str(oom))
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_DUMPABLE, 0, 0, 0, 0)
     libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0)
     if os.geteuid() == 0:
         kept = 1 << _DAC_OVERRIDE | 1 << _DAC_READ_SEARCH
