@@ -198,6 +198,12 @@ def _root(data: bytes) -> int:
     return 32 * int.from_bytes(data[1024 + 14 : 1024 + 16], "little")
 
 
+def _first_name(data: bytes) -> int:
+    """Where the root's first name is, but for those that every directory has."""
+    entries = _root(data) + 64
+    return entries + int.from_bytes(data[entries + 2 * 12 + 8 : entries + 2 * 12 + 10], "little")
+
+
 #: What is done to an honest .clip. The kernel would believe each of them.
 CLIPS: dict[str, Callable[[bytes], bytes]] = {
     "a .clip that is empty": lambda data: b"",
@@ -214,6 +220,7 @@ CLIPS: dict[str, Callable[[bytes], bytes]] = {
     "a .clip whose root is in itself": lambda data: _repaired(
         _with(data, _root(data) + 64 + 24, data[_root(data) + 64 : _root(data) + 72])
     ),
+    "a .clip whose names are out of order": lambda data: _repaired(_with(data, _first_name(data), b"\xfe")),
     "a .clip with too many inodes": lambda data: _repaired(_with(data, 1024 + 16, b"\xff\0\0\0\0\0\0\0")),
 }
 
