@@ -52,9 +52,10 @@ def test_it_is_checked_before_the_kernel_sees_it_and_once(
         with events.open("a") as file:
             file.write(what)
 
-    def noted_check(index: Index, *, data: bool = True) -> None:
-        check(index, data=data)
+    def noted_check(index: Index, *, data: bool = True) -> bool:
+        found = check(index, data=data)
         note("c")
+        return found
 
     def noted_mount(fstype: str, options: dict[str, str | None], attributes: int) -> int:
         if fstype == "erofs":
@@ -91,7 +92,7 @@ def test_a_clip_that_changes_while_it_is_copied(here: Path, change: object, monk
 
 def test_what_was_copied_does_not_change_with_the_clip(here: Path) -> None:
     right = here.read_bytes()
-    with checked(here) as (descriptor, path):
+    with checked(here) as (descriptor, path, _):
         changed(here)
         os.truncate(here, 100)
         assert Path(path).read_bytes() == right
@@ -100,12 +101,12 @@ def test_what_was_copied_does_not_change_with_the_clip(here: Path) -> None:
 
 
 def test_copies_of_another_boot_are_not_believed(here: Path) -> None:
-    with checked(here) as (_, path):
+    with checked(here) as (_, path, _):
         name = Path(path).name
     other = state.cache_dir() / "checked" / "another-boot"
     shutil.move(Path(path).parent, other)
     (other / name).write_bytes(b"what a disk made of it")
-    with checked(here) as (descriptor, path):
+    with checked(here) as (descriptor, path, _):
         assert os.pread(descriptor, 4, 0) == here.read_bytes()[:4]
         assert Path(path).parent != other
     assert not other.exists()
@@ -115,7 +116,7 @@ def test_old_copies_make_room(here: Path, tmp_path: Path, monkeypatch: pytest.Mo
     """One that is mounted lives on without its name."""
     other, right = write_clip(tmp_path / "other.clip", TreeBuilder().finish()), here.read_bytes()
     monkeypatch.setattr(module, "_KEPT", len(right))
-    with checked(here) as (descriptor, path), checked(other) as (_, kept):
+    with checked(here) as (descriptor, path, _), checked(other) as (_, kept, _):
         assert [str(copy) for copy in copies()] == [kept]
         assert not Path(path).exists()
         assert os.pread(descriptor, len(right), 0) == right
