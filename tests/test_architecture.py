@@ -54,6 +54,7 @@ ORDER = (
     "clipfs.blocks.journal",
     "clipfs.blocks.ahead",
     "clipfs.blocks.store",
+    "clipfs.blocks.opened",
     "clipfs.blocks.disk",
     "clipfs.blocks.frames",
     "clipfs.blocks.keeper",

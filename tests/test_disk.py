@@ -88,7 +88,7 @@ class TestOpenAhead:
         fresh = DiskCache(cache.directory, 1 << 30)
         fresh.open_ahead([span(99)[0], *(digest for digest, _ in kept)])
         assert [everything(fresh, digest, len(blocks)) for digest, blocks in kept] == [blocks for _, blocks in kept]
-        assert fresh.opened == 0
+        assert fresh.files.opened == 0
 
     def test_it_is_no_use_of_it(self, cache: DiskCache) -> None:
         digest, _ = keep(cache, 1)

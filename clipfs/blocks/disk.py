@@ -14,16 +14,14 @@ import errno
 import fcntl
 import hashlib
 import logging
-import math
 import os
 import struct
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from clipfs.blocks.opened import OpenFiles, path_of
 from clipfs.blocks.store import DamagedError, Entry, OutdatedError, WouldWaitError, pack
 
 log = logging.getLogger(__name__)
@@ -33,14 +31,6 @@ _SHARE = 0.10
 
 # Eviction goes down to this share of the limit, so that it happens once for many spans.
 _LOW = 0.95
-
-# Files that are kept open, to spare opening and checking them for every block: of a cold disk that takes four turns, a
-# read takes one. What another process evicts takes its room until it is closed here, so they are so few that they
-# cannot have more than a share of the limit.
-_OPEN, _OPEN_SHARE, _OPEN_BYTES = 1024, 0.04, 512 << 10
-
-# A file's time says when it was last of use; renewing it more often than this (seconds) only costs time.
-_RENEWAL = 60
 
 # A part whose writer is gone is removed after this many seconds; it is of no use to anybody, but cheap.
 _STALE = 3600
@@ -96,23 +86,20 @@ class DiskCache:
         self.directory = directory
         self.compress = compress
         self.dropped = 0
-        self.opened = 0  # files, because somebody read them
         self._complained = False
-        self._lock = threading.Lock()
-        self._open: OrderedDict[bytes, tuple[Entry, float]] = OrderedDict()
         self.limit = 0
         with self.aided():
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             room = os.statvfs(directory)
             self.limit = int(room.f_blocks * room.f_frsize * _SHARE) if limit is None else limit
-        self._most_open = max(16, min(_OPEN, int(self.limit * _OPEN_SHARE / _OPEN_BYTES)))
+        self.files = OpenFiles(directory, self.limit)
 
     # --- reading
 
     def get(self, digest: bytes, number: int, *, wait: bool = True) -> bytes | None:
         """Block `number` of a span, None if it is not here. WouldWaitError if not `wait` and the disk is needed."""
         try:
-            entry = self._entry(digest, wait)
+            entry = self.files.get(digest, wait)
             return None if entry is None else entry.read(number, wait=wait)
         except OutdatedError:
             self._remove(digest)
@@ -130,53 +117,12 @@ class DiskCache:
 
     def open_ahead(self, digests: Iterable[bytes]) -> None:
         """Open the files of these spans that are here, as many as may be open, without counting it as a use. Blocks."""
-        for digest in digests:
-            with self._lock:
-                if len(self._open) >= self._most_open:
-                    return
-                if digest in self._open:
-                    continue
-            # What is wrong with one is found, and said, by who reads it.
-            with contextlib.suppress(OSError, DamagedError):
-                entry = Entry(self._descriptor(digest), digest)
-                with self._lock:
-                    # Due at once: its first use is one.
-                    self._open.setdefault(digest, (entry, -math.inf))
-
-    def _entry(self, digest: bytes, wait: bool) -> Entry | None:
-        now = time.monotonic()
-        with self._lock:
-            entry, due = self._open.get(digest, (None, 0.0))
-            if entry is not None:
-                self._open.move_to_end(digest)
-        if entry is not None and now < due:
-            return entry
-        if not wait:
-            raise WouldWaitError
-        if entry is None or not entry.there:
-            try:
-                entry = Entry(self._descriptor(digest), digest)
-            except FileNotFoundError:
-                with self._lock:
-                    self._open.pop(digest, None)
-                return None
-            self.opened += 1
-        with contextlib.suppress(OSError):
-            entry.touch()
-        with self._lock:
-            self._open[digest] = entry, now + _RENEWAL
-            while len(self._open) > self._most_open:
-                self._open.popitem(last=False)
-        return entry
-
-    def _descriptor(self, digest: bytes) -> int:
-        return os.open(self._path(digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self.files.open_ahead(digests)
 
     def _remove(self, digest: bytes) -> None:
         """Remove a file. Its span is fetched again as if it had never been here."""
         path = self._path(digest)
-        with self._lock:
-            self._open.pop(digest, None)
+        self.files.forget(digest)
         with contextlib.suppress(OSError), self._total() as total:
             total[0] -= _on_disk(path.stat().st_size)
             path.unlink()
@@ -255,7 +201,7 @@ class DiskCache:
         name, hasher = bytes.fromhex(digest), hashlib.sha256()
         path = self._path(name)
         try:
-            # Not by `_entry`, for looking after a span is no use of it.
+            # Not by `files`, for looking after a span is no use of it.
             entry = Entry(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), name)
             for number in range(len(entry)):
                 hasher.update(entry.read(number, wait=True))
@@ -291,8 +237,7 @@ class DiskCache:
                 break
             with contextlib.suppress(FileNotFoundError):
                 each.path.unlink()
-            with self._lock:
-                self._open.pop(bytes.fromhex(each.digest), None)
+            self.files.forget(bytes.fromhex(each.digest))
             left -= each.size
         return left
 
@@ -320,8 +265,7 @@ class DiskCache:
             log.warning("the cache in %s is of limited use now: %s", self.directory, error.strerror)
 
     def _path(self, digest: bytes) -> Path:
-        name = digest.hex()
-        return self.directory / name[:2] / name[2:]
+        return path_of(self.directory, digest)
 
 
 def _write(descriptor: int, pieces: Sequence[bytes]) -> None:

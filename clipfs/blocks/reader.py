@@ -229,7 +229,7 @@ class BlockReader:
                     found |= await self._load(disk, rest)
         else:
             found |= await self._load(disk, rest)
-        if disk.opened >= _MANY and not self._opening and self._nursery is not None:
+        if disk.files.opened >= _MANY and not self._opening and self._nursery is not None:
             self._opening = True
             self._nursery.start_soon(self._open_ahead, disk)
         blocks.update(found)

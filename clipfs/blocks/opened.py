@@ -1,0 +1,91 @@
+"""Files of the cache that are kept open, to spare opening and checking them for every block."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+
+from clipfs.blocks.store import DamagedError, Entry, WouldWaitError
+
+# Opening a file takes four turns of a cold disk, a read from an open one takes one. What another process evicts takes
+# its room until it is closed here, so they are so few that they cannot have more than a share of the cache's limit.
+_OPEN, _OPEN_SHARE, _OPEN_BYTES = 1024, 0.04, 512 << 10
+
+# A file's time says when it was last of use; renewing it more often than this (seconds) only costs time.
+_RENEWAL = 60
+
+
+class OpenFiles:
+    """Open files by digest, the least recently used of too many are closed. Threads may share it.
+
+    directory: of the cache. limit: bytes of all of it.
+    """
+
+    def __init__(self, directory: Path, limit: int) -> None:
+        self.opened = 0  # because somebody read them
+        self._directory = directory
+        self._most = max(16, min(_OPEN, int(limit * _OPEN_SHARE / _OPEN_BYTES)))
+        self._lock = threading.Lock()
+        self._open: OrderedDict[bytes, tuple[Entry, float]] = OrderedDict()
+
+    def get(self, digest: bytes, wait: bool) -> Entry | None:
+        """The file of a span, None if there is none. WouldWaitError if not `wait` and the disk is needed."""
+        now = time.monotonic()
+        with self._lock:
+            entry, due = self._open.get(digest, (None, 0.0))
+            if entry is not None:
+                self._open.move_to_end(digest)
+        if entry is not None and now < due:
+            return entry
+        if not wait:
+            raise WouldWaitError
+        if entry is None or not entry.there:
+            try:
+                entry = self._opened(digest)
+            except FileNotFoundError:
+                self.forget(digest)
+                return None
+            self.opened += 1
+        with contextlib.suppress(OSError):
+            entry.touch()
+        with self._lock:
+            self._open[digest] = entry, now + _RENEWAL
+            while len(self._open) > self._most:
+                self._open.popitem(last=False)
+        return entry
+
+    def open_ahead(self, digests: Iterable[bytes]) -> None:
+        """As `DiskCache` has it."""
+        for digest in digests:
+            with self._lock:
+                if len(self._open) >= self._most:
+                    return
+                if digest in self._open:
+                    continue
+            # What is wrong with one is found, and said, by who reads it.
+            with contextlib.suppress(OSError, DamagedError):
+                entry = self._opened(digest)
+                with self._lock:
+                    # Due at once: its first use is one.
+                    self._open.setdefault(digest, (entry, -math.inf))
+
+    def forget(self, digest: bytes) -> None:
+        """It is there no more."""
+        with self._lock:
+            self._open.pop(digest, None)
+
+    def _opened(self, digest: bytes) -> Entry:
+        path = path_of(self._directory, digest)
+        return Entry(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), digest)
+
+
+def path_of(directory: Path, digest: bytes) -> Path:
+    """Where in the cache the file of a span is."""
+    name = digest.hex()
+    return directory / name[:2] / name[2:]
