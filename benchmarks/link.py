@@ -3,13 +3,18 @@
 ``python -m benchmarks.link HOST:PORT BYTES_A_SECOND ROUND_TRIP_SECONDS COUNTER`` prints the port that it listens on,
 and serves until it is killed. COUNTER is a file that always holds the bytes that came through towards the client.
 
-All connections share the bandwidth, one bucket a direction. A connection is made one round trip late, as a handshake
-is, and every byte arrives half a round trip after it was let through.
+All connections share the bandwidth, one clock a direction. A connection is made one round trip late, as a handshake
+is, and every byte arrives half a round trip after it was let through. TCP's slow start is not imitated.
+
+The cores are wanted by those who are measured. So bytes pass in few large pieces: the next one gathers in the socket
+while the link is busy with the one before. A wait that ends late costs no bandwidth, because a piece is taken a little
+before the link is free for it, and its arrival is reckoned from the clock.
 """
 
 from __future__ import annotations
 
 import mmap
+import socket
 import subprocess
 import sys
 import time
@@ -19,67 +24,82 @@ from pathlib import Path
 
 import trio
 
-# Bytes that are passed on at a time, at most. A hundredth of a second's worth, so that a slow link is smooth.
-_PIECE = 512 << 10
-_SMOOTH = 0.01
+# Seconds' worth of bytes that are let through in one piece, and by how much the clock may be ahead when the next one
+# is taken: longer than a busy machine makes us wait, so that no bandwidth is lost.
+_PIECE, _AHEAD = 0.005, 0.005
 
-# What is on the way, in pieces; more than any bandwidth times any latency here.
-_ON_THE_WAY = 4096
+# Pieces on the way, and bytes that a socket gathers: more than any bandwidth here times those seconds and the latency.
+_ON_THE_WAY, _SOCKET = 4096, 4 << 20
 
-# Seconds that nobody sleeps for: a sleep costs as much.
-_AT_ONCE = 0.002
+# linux/socket.h: as SO_RCVBUF and SO_SNDBUF, past what is allowed to users.
+_RECEIVED, _SENT = 33, 32
+
+# trio wakes at a whole millisecond, the next one.
+_EARLY = 0.0005
 
 
-class _Direction:
-    """The shared bucket of one direction: bytes pass one piece after the other, each as long as the rate has it."""
+class _Bandwidth:
+    """The clock of one direction: bytes pass one piece after the other, each for as long as the rate has it."""
 
     def __init__(self, rate: float) -> None:
         self._rate, self._free = rate, 0.0
-        self.piece = max(4096, min(_PIECE, int(rate * _SMOOTH)))
+        self._turn = trio.Lock()  # first come, first served
+        self._piece = max(4096, int(rate * _PIECE))
 
-    async def passing(self, size: int) -> float:
-        """When the last of these bytes is through; returns at that time."""
-        self._free = max(self._free, trio.current_time()) + size / self._rate
-        await _until(self._free)
-        return self._free
-
-
-async def _until(moment: float) -> None:
-    if moment - trio.current_time() > _AT_ONCE:
-        await trio.sleep_until(moment)
+    async def take(self, source: trio.socket.SocketType) -> tuple[float, bytes]:
+        """Let a piece through that can be read: when its last byte is through, and the bytes; none at the end."""
+        async with self._turn:
+            await trio.sleep_until(self._free - _AHEAD)
+            data = await source.recv(self._piece)
+            self._free = max(self._free, trio.current_time()) + len(data) / self._rate
+            return self._free, data
 
 
 async def _pump(
-    source: trio.SocketStream, target: trio.SocketStream, way: _Direction, delay: float, counters: list[mmap.mmap]
+    source: trio.socket.SocketType,
+    target: trio.socket.SocketType,
+    way: _Bandwidth,
+    delay: float,
+    counters: list[mmap.mmap],
 ) -> None:
-    into, out = trio.open_memory_channel[tuple[float, bytes]](_ON_THE_WAY)
+    """One direction of a connection, until its end is through."""
+    into, wire = trio.open_memory_channel[tuple[float, bytes]](_ON_THE_WAY)
 
     async def arrive() -> None:
-        async for at, data in out:
-            await _until(at)
-            await target.send_all(data)
+        async for at, data in wire:
+            await trio.sleep_until(at - _EARLY)
+            left = memoryview(data)
+            while left:
+                left = left[await target.send(left) :]
             for counter in counters:
                 counter[:8] = (int.from_bytes(counter[:8], "little") + len(data)).to_bytes(8, "little")
-        await target.send_eof()
+        target.shutdown(socket.SHUT_WR)
 
-    async with trio.open_nursery() as nursery:
+    async with trio.open_nursery() as nursery, into:
         nursery.start_soon(arrive)
-        async with into:
-            while data := await source.receive_some(way.piece):
-                await into.send((await way.passing(len(data)) + delay, data))
+        while True:
+            await trio.lowlevel.wait_readable(source)
+            through, data = await way.take(source)
+            if not data:
+                break
+            await into.send((through + delay, data))
 
 
 async def _serve(host: str, port: int, rate: float, round_trip: float, counter: mmap.mmap) -> None:
-    up, down = _Direction(rate), _Direction(rate)
+    up, down = _Bandwidth(rate), _Bandwidth(rate)
 
-    async def connection(client: trio.SocketStream) -> None:
+    async def connection(stream: trio.SocketStream) -> None:
         try:
             await trio.sleep(round_trip)
-            server = await trio.open_tcp_stream(host, port)
-            async with server, trio.open_nursery() as nursery:
-                nursery.start_soon(_pump, client, server, up, round_trip / 2, [])
-                nursery.start_soon(_pump, server, client, down, round_trip / 2, [counter])
-        except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+            async with await trio.open_tcp_stream(host, port) as other:
+                client, server = stream.socket, other.socket
+                for each, buffer in ((server, _RECEIVED), (client, _SENT)):
+                    each.setsockopt(socket.SOL_SOCKET, buffer, _SOCKET)
+                    each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_pump, client, server, up, round_trip / 2, [])
+                    nursery.start_soon(_pump, server, client, down, round_trip / 2, [counter])
+        except* OSError:
             pass  # one side has had enough
 
     [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
@@ -88,10 +108,10 @@ async def _serve(host: str, port: int, rate: float, round_trip: float, counter: 
 
 
 class Link:
-    """A running link. port: where it listens."""
+    """A running link. port: where it listens; pid: its process."""
 
-    def __init__(self, port: int, counter: Path) -> None:
-        self.port, self._counter = port, counter
+    def __init__(self, port: int, pid: int, counter: Path) -> None:
+        self.port, self.pid, self._counter = port, pid, counter
 
     @property
     def received(self) -> int:
@@ -108,7 +128,7 @@ def slow_link(server: str, rate: float, round_trip: float, scratch: Path) -> Ite
     with subprocess.Popen(command, stdout=subprocess.PIPE, process_group=0) as process:
         try:
             assert process.stdout is not None
-            yield Link(int(process.stdout.readline()), counter)
+            yield Link(int(process.stdout.readline()), process.pid, counter)
         finally:
             process.kill()
 

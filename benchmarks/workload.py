@@ -39,11 +39,11 @@ class Size:
     """How much work there is: of the generated image, of each reader, and how often."""
 
     rounds: int = 5
-    files: int = 20_000
-    big: int = 256 << 20
+    files: int = 60_000
+    big: int = 1 << 30
     ordered: int = 8_000  # files read in the order of the tree
     shuffled: int = 2_000  # files read in no order
-    random: int = 400  # reads of 4 KiB
+    random: int = 4_000  # reads of 4 KiB
 
 
 QUICK = Size(rounds=2, files=2_000, big=32 << 20, ordered=1_000, shuffled=500, random=100)
