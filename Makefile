@@ -58,7 +58,7 @@ fuzz: $(VENV)/.installed-fuzz ## give the parsers inputs that nobody thought of 
 soak: $(VENV)/.installed-bench $(SYSTEM)-peers $(DEMO)/oci/index.json ## kill, upgrade, disconnect a mount under load [MINUTES=25]
 	@$(VENV)/bin/python -m tests.soak --minutes $(MINUTES) --plot .cache/soak.svg
 
-bench: $(VENV)/.installed-bench $(SYSTEM)-peers $(DEMO)/oci/index.json ## measure, print the tables, renew benchmarks/README.md and its plot
+bench: $(VENV)/.installed-bench $(SYSTEM)-peers $(DEMO)/oci/index.json ## measure, print the tables, renew benchmarks/README.md and its pictures
 	@$(VENV)/bin/python -m benchmarks
 
 clean: ## remove what make made in this directory
@@ -94,7 +94,7 @@ $(VENV)/.installed: pyproject.toml $(SYSTEM)
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
-	@echo 'setup: matplotlib'
+	@echo 'setup: matplotlib, ratarmount'
 	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""Measure, print the tables, and renew benchmarks/README.md and its plot: ``python -m benchmarks --help``."""
+"""Measure, print the tables, and renew benchmarks/README.md and its pictures: ``python -m benchmarks --help``."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import argparse
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-from benchmarks import demo, programs, report
-from benchmarks.cold import application, memory, starting_cold, streaming
+from benchmarks import demo, goals, programs, report
+from benchmarks.cold import application, starting_cold
+from benchmarks.containers import containers
 from benchmarks.measure import Section, progress
+from benchmarks.memory import memory
 from benchmarks.raw_loop import requests
 from benchmarks.reading import reading
 from benchmarks.starting import indexing, mounting, running, size
+from benchmarks.streaming import streaming
 from benchmarks.views import views
 from benchmarks.workload import QUICK, Demo, Size, Workload, prepare
 
@@ -23,7 +28,19 @@ _CACHE = _ROOT / ".cache"
 
 BENCHMARKS: dict[str, Callable[[Workload], Section]] = {
     each.__name__: each
-    for each in (indexing, size, mounting, running, starting_cold, reading, views, requests, streaming, memory)
+    for each in (
+        indexing,
+        size,
+        mounting,
+        running,
+        starting_cold,
+        reading,
+        views,
+        requests,
+        containers,
+        streaming,
+        memory,
+    )
 }
 _PROGRAMS = (
     "curl",
@@ -33,10 +50,12 @@ _PROGRAMS = (
     "mkfs.erofs",
     "mkfs.ext4",
     "mksquashfs",
+    "pigz",
     "runc",
     "skopeo",
     "squashfuse_ll",
     "umoci",
+    "zstd",
 )
 
 
@@ -52,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     image = Demo(f"oci:{demo.build(_CACHE / 'demo')}:latest")
     names = args.only or list(BENCHMARKS)
     # Made only if it is started: it takes minutes to build.
-    applications = application(_CACHE) if starting_cold.__name__ in names else {}
+    applications = application(_CACHE) if {starting_cold.__name__, containers.__name__} & set(names) else {}
     try:
         measure(image, applications, QUICK if args.quick else Size(), names, _CACHE / "bench", out)
     except KeyboardInterrupt:
@@ -69,7 +88,7 @@ def measure(
     cache: Path,
     out: Path | None,
 ) -> list[Section]:
-    """Run these benchmarks and print their tables; with `out`, write the page and its plot there."""
+    """Run these benchmarks and print their tables; with `out`, write the page and its pictures there."""
     sections = []
     with (
         programs.interruptible(),
@@ -78,25 +97,35 @@ def measure(
     ):
         workload = prepare(cache, demo_image, applications, how_much, scratch)
         for name in names:
+            started = time.monotonic()
             section = BENCHMARKS[name](workload)
             progress("")
-            print(f"\n{section.title}\n{section.table()}", flush=True)
+            print(f"\n{section.title} ({time.monotonic() - started:.0f} s)\n{section.table()}", flush=True)
             sections.append(section)
+        print(f"\n{goals.summary([outcome for section in sections for outcome in section.outcomes])}", flush=True)
     if out is not None:
-        _publish(sections, how_much.rounds, out)
+        publish(sections, how_much.rounds, out)
     return sections
 
 
-def _publish(sections: Sequence[Section], rounds: int, out: Path) -> None:
+def publish(sections: Sequence[Section], rounds: int, out: Path) -> None:
+    """Write the page and its pictures."""
     # Late: matplotlib is an extra that a look at one table does not need.
     from benchmarks import plot
 
     out.mkdir(parents=True, exist_ok=True)
-    rows = [row for section in sections for row in section.rows]
+    pictures = [picture for section in sections for picture in section.pictures]
+    # What has a picture in its section needs no bar.
+    rows = [row for section in sections for row in section.rows if not section.pictures]
+    outcomes = [outcome for section in sections for outcome in section.outcomes]
     if rows:
-        plot.draw(rows, out / "benchmarks.svg")
+        plot.save(partial(plot.ratios, rows=rows), out / report.RATIOS[0])
+    if outcomes:
+        plot.save(partial(plot.goals, outcomes=outcomes), out / report.GOALS[0])
+    for picture in pictures:
+        plot.save(picture.draw, out / picture.file)
     (out / "README.md").write_text(report.readme(sections, rounds))
-    print(f"\nwritten: {out / 'README.md'} and its plot")
+    print(f"\nwritten: {out / 'README.md'} and its pictures")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", action="append", choices=list(BENCHMARKS), metavar="NAME",
                         help=f"one benchmark; may be given again ({', '.join(BENCHMARKS)})")  # fmt: skip
     parser.add_argument("-o", "--out", type=Path, metavar="DIR",
-                        help="where to write the page and plot (default: benchmarks/, for a whole run)")  # fmt: skip
+                        help="where to write page and pictures (default: benchmarks/, for a whole run)")  # fmt: skip
     return parser
 
 

@@ -1,11 +1,7 @@
-"""The same tree, mounted by each of those whom the two views are measured beside.
-
-Each has its own copy of the files, made once a run: what a peer cannot read it is given in the form that it likes.
-"""
+"""The same tree, mounted by each of those whom the two views are measured beside."""
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,42 +11,53 @@ from pathlib import Path
 import clipfs
 from benchmarks.measure import CLIPFS
 from benchmarks.programs import await_mount, run, squashfuse_mount, unmount
-from benchmarks.workload import Workload
+from benchmarks.workload import Copies
 
 FUSE_VIEW = "clipfs, FUSE"
 SQUASHFUSE = "squashfuse_ll"
+SQUASHFS = "kernel squashfs"
 EROFS = "native EROFS"
 EXT4 = "ext4"
+RATARMOUNT = "ratarmount"
+
+#: Those that are in the kernel and have all of the data at hand: what no file system is much faster than.
+IN_KERNEL = (EROFS, EXT4, SQUASHFS)
+
+#: How each peer has the tree.
+FORMS = (
+    "*clipfs* is the kernel view. squashfuse_ll and the kernel have a zstd squashfs of the same tree, native EROFS and "
+    "ext4 an image that is not compressed, fuse-overlayfs the unpacked tree, ratarmount a `.tar.gz`."
+)
+
+#: Mounts a peer on a directory, for a while.
+Mounting = Callable[[Path], AbstractContextManager[Path]]
 
 _SECONDS = 20
+# The first time ratarmount reads all of the archive, before it mounts.
+_INDEXING_SECONDS = 300.0
 
 
-def peers(workload: Workload, clip: Path) -> dict[str, Callable[[Path], AbstractContextManager[Path]]]:
-    """By name, what mounts it on a directory for a while. clip: the index of the generated image."""
-    erofs, ext4 = workload.scratch / "root.erofs", workload.scratch / "root.ext4"
-    run("mkfs.erofs", "--quiet", erofs, workload.unpacked)
-    used = int(run("du", "-s", "--block-size=1M", workload.unpacked).split()[0])
-    run("mkfs.ext4", "-q", "-N", "200000", "-d", workload.unpacked, ext4, f"{used * 3 // 2 + 200}M")
-    found: dict[str, Callable[[Path], AbstractContextManager[Path]]] = {
+def peers(copies: Copies, clip: Path) -> dict[str, Mounting]:
+    """By name. clip: the index of the image that these are copies of."""
+    found: dict[str, Mounting] = {
         CLIPFS: lambda at: _clipfs(clip, at, "kernel"),
         FUSE_VIEW: lambda at: _clipfs(clip, at, "fuse"),
-        SQUASHFUSE: lambda at: squashfuse_mount(workload.squashfs, at),
-        "kernel squashfs": lambda at: _kernel("squashfs", workload.squashfs, at),
-        EROFS: lambda at: _kernel("erofs", erofs, at),
-        EXT4: lambda at: _kernel("ext4", ext4, at),
-        "fuse-overlayfs": lambda at: _served(at, "fuse-overlayfs", "-f", "-o", f"lowerdir={workload.unpacked}", at),
+        SQUASHFUSE: lambda at: squashfuse_mount(copies.squashfs, at),
+        SQUASHFS: lambda at: _kernel("squashfs", copies.squashfs, at),
+        EROFS: lambda at: _kernel("erofs", copies.erofs, at),
+        EXT4: lambda at: _kernel("ext4", copies.ext4, at),
+        "fuse-overlayfs": lambda at: served(at, "fuse-overlayfs", "-f", "-o", f"lowerdir={copies.tree}", at),
     }
-    ratarmount = Path(sys.executable).with_name("ratarmount")
-    if ratarmount.exists():
-        [layer] = sorted((workload.unpacked.parent / "oci" / "blobs" / "sha256").iterdir(), key=_size)[-1:]
-        archive = workload.scratch / "layer.tar.gz"
-        shutil.copyfile(layer, archive)
-        found["ratarmount"] = lambda at: _served(at, ratarmount, "-f", archive, at)
+    ratarmount = ratarmount_program()
+    if ratarmount:
+        found[RATARMOUNT] = lambda at: served(at, ratarmount, "-f", copies.archive, at)
     return found
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size
+def ratarmount_program() -> Path | None:
+    """It comes with the extra "bench", or not at all."""
+    program = Path(sys.executable).with_name("ratarmount")
+    return program if program.exists() else None
 
 
 @contextmanager
@@ -69,12 +76,12 @@ def _kernel(fstype: str, image: Path, at: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _served(at: Path, *command: str | Path) -> Iterator[Path]:
+def served(at: Path, *command: str | Path) -> Iterator[Path]:
     """A FUSE file system that stays in the foreground until it is unmounted."""
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, process_group=0)
     try:
-        await_mount(at, process)
+        await_mount(at, process, _INDEXING_SECONDS)
         yield at
     finally:
         unmount(at)

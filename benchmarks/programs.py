@@ -23,8 +23,12 @@ _ROOT = Path(__file__).parent.parent
 CLIPFS_COMMAND = (sys.executable, "-c", "import sys; from clipfs.cli.main import main; sys.exit(main())")
 
 # Longer than anything here takes, unpacking on a machine that is busy with something else included.
-_SECONDS = 120.0
+SECONDS = 120.0
 _MOUNT_SECONDS = 20.0
+
+
+class NotInTime(SystemExit):
+    """A program took longer than we wait."""
 
 
 @contextmanager
@@ -45,28 +49,33 @@ def forget() -> None:
     shutil.rmtree(os.environ["CLIPFS_CACHE"], ignore_errors=True)
 
 
-def run(*command: str | Path) -> str:
+def run(*command: str | Path, seconds: float = SECONDS) -> str:
     """Run a program to its good end; what it prints."""
     words = [str(word) for word in command]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS, stdin=subprocess.DEVNULL)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
-        raise SystemExit(f"{words[0]} took more than {_SECONDS:.0f} s: {' '.join(words)}") from None
+        raise SystemExit(f"{words[0]} took more than {seconds:.0f} s: {' '.join(words)}") from None
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}\nended with {done.returncode}: {done.stderr.strip()}")
     return done.stdout
 
 
-def first_output(*command: str | Path) -> float:
-    """Start a program and wait for its end; when its first byte of output came, as a point of `time.perf_counter`."""
+def first_output(*command: str | Path, patience: float = SECONDS) -> float:
+    """Start a program and wait for its end; when its first byte of output came, as a point of `time.perf_counter`.
+
+    NotInTime, if that takes longer than `patience`.
+    """
     words = [str(word) for word in command]
     # A group of its own, so that Ctrl-C reaches it through us only, who then wait for it to clean up.
     with subprocess.Popen(words, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, process_group=0) as process:
         try:
             assert process.stdout is not None
-            ready, _, _ = select.select([process.stdout], [], [], _SECONDS)
+            ready, _, _ = select.select([process.stdout], [], [], patience)
             came = time.perf_counter()
-            if not ready or not process.stdout.read() or process.wait(_SECONDS):
+            if not ready:
+                raise NotInTime(f"{' '.join(words)}\nprinted nothing within {patience:.0f} s")
+            if not process.stdout.read() or process.wait(SECONDS):
                 raise SystemExit(f"{' '.join(words)}\nprinted nothing, or failed")
             return came
         finally:
@@ -107,9 +116,9 @@ def squashfuse_mount(archive: Path, mountpoint: Path) -> Iterator[Path]:
             process.wait()
 
 
-def await_mount(mountpoint: Path, process: subprocess.Popen[bytes]) -> None:
+def await_mount(mountpoint: Path, process: subprocess.Popen[bytes], seconds: float = _MOUNT_SECONDS) -> None:
     """Wait for the kernel to say that its table of mounts has changed, and for the right change."""
-    deadline = time.monotonic() + _MOUNT_SECONDS
+    deadline = time.monotonic() + seconds
     with open("/proc/self/mountinfo") as table, open(os.pidfd_open(process.pid), "rb", buffering=0) as death:
         poll = select.poll()
         poll.register(table, select.POLLPRI)

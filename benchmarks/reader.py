@@ -63,18 +63,37 @@ def walk(tops: list[str]) -> int:
     return count
 
 
+def status(paths: list[str]) -> int:
+    """lstat each, then list every directory for what is not among them, as ``git status`` does; paths and entries."""
+    stat(paths)
+    known = set(paths)
+    count = len(paths)
+    pending = ["."]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                count += 1
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+                elif entry.path[2:] not in known:
+                    raise SystemExit(f"{entry.path} is not in the index")
+    return count
+
+
 HOW: dict[str, Callable[[list[str]], int]] = {
     "read": read,
     "files": read_files,
     "stat": stat,
     "walk": walk,
     "missing": missing,
+    "status": status,
 }
 
 
 def main(how: str, root: str, listing: str) -> None:
     with open(listing) as lines:
-        paths = [f"{root}/{line}" for line in lines.read().splitlines()]
+        paths = lines.read().splitlines()
+    os.chdir(root)
     action = HOW[how]
     started = time.perf_counter()
     count = action(paths)

@@ -1,0 +1,163 @@
+"""What the processes of a mount hold, over time, while files are read in each way."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import clipfs
+from benchmarks.goals import Outcome, at_most
+from benchmarks.measure import Picture, Section, progress
+from benchmarks.peers import FUSE_VIEW
+from benchmarks.programs import drop_caches, forget, run
+from benchmarks.reading import python_reader, readers
+from benchmarks.streaming import linked
+from benchmarks.workload import BIG, Workload, listing, small_files
+
+#: Bytes that a mount may hold besides its LRU.
+BOUND = 150e6
+
+# Seconds between looks at a process. Each costs some 20 µs, so that nobody notices.
+_EVERY = 0.02
+
+_VIEWS = {"clipfs": "kernel", FUSE_VIEW: "fuse"}
+_WHY = "Buffers of what is fetched, decoded and stored, beside the interpreter and its libraries."
+
+
+@dataclass
+class Memory:
+    """Resident bytes of a mount's processes: at first, at most (by the kernel's own account), and over time."""
+
+    before: float = 0.0
+    most: float = 0.0
+    samples: list[tuple[float, float]] = field(default_factory=list)
+
+
+def memory(workload: Workload) -> Section:
+    """Both views, each way to read, and reading over a link."""
+    clip, scratch = workload.scratch / "memory.clip", workload.scratch
+    mountpoint = scratch / "mnt"
+    clipfs.build(workload.generated, clip)
+    mountpoint.mkdir()
+    cache = clipfs.MountOptions().cache
+    found: dict[str, dict[str, Memory]] = {}
+    for name, act in _workloads(workload).items():
+        found[name] = {
+            who: _watched(f"{name}, {who}", clip, mountpoint, clipfs.MountOptions(view=view), act)
+            for who, view in _VIEWS.items()
+        }
+    remote = scratch / "remote.clip"
+    with linked(workload, remote) as (_, source, _):
+        found["sequential, over a link"] = {
+            who: _watched(
+                f"over a link, {who}", remote, mountpoint, clipfs.MountOptions(view=view, source=source), _copy
+            )
+            for who, view in _VIEWS.items()
+        }
+    mountpoint.rmdir()
+    return _section(found, BOUND + cache, cache)
+
+
+def _workloads(workload: Workload) -> dict[str, Callable[[Path], object]]:
+    ordered = small_files(workload)
+    everything = listing(workload, "every-name", ordered)
+    return {
+        **{reader.name: reader.read for reader in readers(workload)},
+        "stat of every name": python_reader("stat", everything),
+        "git status": python_reader("status", listing(workload, "every-path", sorted([*ordered, BIG]))),
+    }
+
+
+def _copy(root: Path) -> None:
+    run("cp", root / BIG, "/dev/null")
+
+
+def _watched(
+    what: str, clip: Path, mountpoint: Path, options: clipfs.MountOptions, act: Callable[[Path], object]
+) -> Memory:
+    """With empty caches."""
+    progress(f"memory: {what}")
+    forget()
+    drop_caches()
+    found = Memory()
+    with clipfs.mount(clip, mountpoint, options) as mounted:
+        [worker] = [record.worker for record in clipfs.mounts() if record.process.pid == mounted.pid]
+        assert worker is not None
+        processes = (mounted.pid, worker.pid)
+        found.before = sum(_resident(pid, "VmRSS") for pid in processes)
+        with _sampled(processes, found.samples):
+            act(mountpoint)
+        found.most = sum(_resident(pid, "VmHWM") for pid in processes)
+    return found
+
+
+@contextmanager
+def _sampled(processes: tuple[int, ...], samples: list[tuple[float, float]]) -> Iterator[None]:
+    """Fill the list with (seconds, bytes) for as long as the block lasts."""
+    over = threading.Event()
+    page = os.sysconf("SC_PAGE_SIZE")
+
+    def sample() -> None:
+        files = [Path(f"/proc/{pid}/statm") for pid in processes]
+        started = time.perf_counter()
+        while True:
+            resident = sum(int(file.read_text().split()[1]) for file in files) * page
+            samples.append((time.perf_counter() - started, resident))
+            if over.wait(_EVERY):
+                return
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _section(found: Mapping[str, Mapping[str, Memory]], bound: float, cache: int) -> Section:
+    lines = [
+        [name, *(text for each in views.values() for text in (_mb(each.before), _mb(each.most)))]
+        for name, views in found.items()
+    ]
+    outcomes: list[Outcome] = []
+    for who in _VIEWS:
+        worst = max(found, key=lambda name: found[name][who].most)
+        most = found[worst][who].most
+        outcomes.append(
+            at_most(f"memory of a mount, {worst} (the worst)", round(bound / 1e6), most / 1e6, " MB", _WHY, who)
+        )
+    held = all(each.met for each in outcomes)
+    text = (
+        "Resident memory of the two processes of a mount, supervisor and worker, with empty caches at first; *most* is "
+        f"the sum of their peaks as the kernel has noted them. The bound is 150 MB and the LRU of {cache >> 20} MiB, "
+        f"{_mb(bound)} in all. **{'It held in every workload' if held else 'It did not hold everywhere'}**."
+    )
+    header = ["workload", *(f"{who}: {what}" for who in _VIEWS for what in ("just mounted", "most"))]
+
+    def draw(figure: Any) -> None:
+        from benchmarks import charts  # late: matplotlib is an extra
+
+        series = {name: {who: each.samples for who, each in views.items()} for name, views in found.items()}
+        charts.memory(figure, series, bound)
+
+    picture = Picture("memory.svg", "Resident memory of a mount over time, in each workload, and its bound", draw)
+    return Section("Memory", text, header, lines, (), outcomes, [picture])
+
+
+def _mb(value: float) -> str:
+    return f"{value / 1e6:.0f} MB"
+
+
+def _resident(pid: int, key: str) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == key:
+            return int(value.split()[0]) << 10
+    raise SystemExit(f"process {pid} has no {key}")
