@@ -113,7 +113,7 @@ def _ways(workload: Workload) -> list[Way]:
             settles=True,
         ),
         Way(
-            "sequential",
+            "read the large file",
             "MB/s",
             python_reader("read", big, 1e-6),
             metadata=False,
@@ -121,7 +121,7 @@ def _ways(workload: Workload) -> list[Way]:
             large=True,
             settles=True,
         ),
-        Way("random 4 KiB", "reads/s", random_reads(size.random), metadata=False, warm=False, one_core=False),
+        Way("random 4 KiB reads", "reads/s", random_reads(size.random), metadata=False, warm=False, one_core=False),
     ]
 
 
@@ -153,10 +153,10 @@ def _section(
     text = (
         f"The generated image: {size.files:,} small files and one of {size.big >> 20:,} MiB. {FORMS} *Cold*: mounted "
         "afresh, then all of the kernel's caches dropped (`sync`, then 3 into `/proc/sys/vm/drop_caches`); clipfs has "
-        "the decoded data in its cache on disk. *Warm*: the same once more; for open and read, and sequential, the "
+        "the decoded data in its cache on disk. *Warm*: the same once more; where files are read, the "
         "time after that, as a server that still reads ahead would be seen. *git status*: every path of an index in "
-        f"its order, then all directories for others. Random reads are {size.random:,} of fio's. All but sequential "
-        f"and random reads share one core with who serves them. {size.large} rounds of tar and sequential reads."
+        f"its order, then all directories for others. Random reads are {size.random:,} of fio's. All but reads of "
+        f"the large file share one core with who serves them. {size.large} rounds of tar and of reading all of it."
     )
 
     def draw(figure: Any) -> None:

@@ -66,6 +66,7 @@ def rows_of(sections: list[Section]) -> list[Row]:
 def test_every_benchmark_measures_all_of_its_peers(sections: list[Section]) -> None:
     found = dict(zip(benchmarks.BENCHMARKS, sections, strict=True))
     assert {name: len(section.rows) for name, section in found.items() if section.rows} == ROWS
+    assert len({row.name for row in rows_of(sections)}) == sum(ROWS.values())
     for row in rows_of(sections):
         assert {CLIPFS, row.beside} <= set(row.samples), row
         for values in row.samples.values():
