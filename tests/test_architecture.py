@@ -60,6 +60,7 @@ ORDER = (
     "clipfs.blocks.keeper",
     "clipfs.blocks.flight",
     "clipfs.blocks.flights",
+    "clipfs.blocks.prefetch",
     "clipfs.blocks.trace",
     "clipfs.blocks.reader",
     "clipfs.sources.base",

@@ -30,6 +30,7 @@ from clipfs.blocks.flight import Flight, SpanFetcher
 from clipfs.blocks.flights import Flights
 from clipfs.blocks.journal import Journal
 from clipfs.blocks.plan import BLOCK, IndexView, Key, Piece, join, plan
+from clipfs.blocks.prefetch import prefetch
 from clipfs.errors import ClipfsError
 
 DEFAULT_MEMORY = 64 << 20
@@ -303,20 +304,21 @@ class BlockReader:
             self.flights.board(sorted(spans), "ahead")
 
     async def prefetch(self, spans: Sequence[tuple[int, int]], why: str, at_once: int) -> None:
-        """Bring spans onto the disk, or into memory without one, in this order and `at_once` at a time; those who wait
-        for others come first. Errors are for those who will read there."""
-        for at in range(0, len(spans), at_once):
-            await self.flights.calm()
-            group = spans[at : at + at_once]
-            if self._disk is not None:
-                group = await trio.to_thread.run_sync(self._absent, self._disk, group, limiter=self.flights.decoders)
-            with contextlib.suppress(ClipfsError):
-                for flight in self.flights.board(group, why):
-                    with contextlib.suppress(ClipfsError):
-                        await flight.blocks()
+        """Bring spans onto the disk, or into memory without one, in this order, `at_once` at a time or more. Those who
+        wait for others come first; errors are for those who will read there."""
+        await prefetch(self.flights, self._absent, spans, why, at_once)
 
-    def _absent(self, disk: DiskCache, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        return [span for span in spans if not disk.has(self._index.layers[span[0]].spans.digest(span[1]))]
+    async def _absent(self, spans: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+        """Those of these spans that are not on the disk; all, without one."""
+        disk, layers = self._disk, self._index.layers
+        if disk is None:
+            return spans
+        digests = [layers[layer].spans.digest(number) for layer, number in spans]
+
+        def look() -> list[tuple[int, int]]:
+            return [span for span, digest in zip(spans, digests, strict=True) if not disk.has(digest)]
+
+        return await trio.to_thread.run_sync(look, limiter=self.flights.decoders)
 
 
 async def _taken(flight: Flight, numbers: Sequence[int]) -> dict[Key, bytes]:

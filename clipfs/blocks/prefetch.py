@@ -1,0 +1,52 @@
+"""Fetching what somebody will want: one group of spans after the other, each as large as the link is fast.
+
+A group that comes at once leaves the link idle for most of the time that an answer takes; one that takes long keeps
+those waiting who want something else meanwhile. This module decides how much to fetch; how, `flights` knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+
+import trio
+
+from clipfs.blocks.flights import Flights
+from clipfs.errors import ClipfsError
+
+# Seconds that a group should take: several round trips of usual length, and no more than who waits would notice.
+_SHORT, _LONG = 0.1, 0.4
+
+# Groups grow up to so many times what they are at first: 64 spans of a gzip layer are ten compressed megabytes.
+_GROWTH = 8
+
+#: A layer and the number of one of its spans.
+Place = tuple[int, int]
+
+
+async def prefetch(
+    flights: Flights,
+    absent: Callable[[Sequence[Place]], Awaitable[Sequence[Place]]],
+    spans: Sequence[Place],
+    why: str,
+    least: int,
+) -> None:
+    """Bring those spans that are `absent`, in this order and `least` of them at a time or more. Those who wait for
+    others come first; errors are for those who will read there."""
+    at, count = 0, least
+    while at < len(spans):
+        await flights.calm()
+        group = await absent(spans[at : at + count])
+        at += count
+        if not group:
+            continue
+        began = trio.current_time()
+        with contextlib.suppress(ClipfsError):
+            for flight in flights.board(group, why):
+                with contextlib.suppress(ClipfsError):
+                    await flight.blocks()
+        seconds = trio.current_time() - began
+        if seconds < _SHORT:
+            count = min(2 * count, _GROWTH * least)
+        elif seconds > _LONG:
+            count = max(count // 2, least)
