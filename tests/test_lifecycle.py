@@ -232,15 +232,19 @@ def fill(disk: Path) -> Path:
 
 
 def test_a_full_disk_below_the_cache(large: Path, mountpoint: Path, tmp_path: Path) -> None:
+    """With nothing of the cache's own to give up, and with something."""
     with small_disk(tmp_path / "spans", "2m") as disk:
         options = MountOptions(cache=MB, cache_dir=disk, cache_size=64 * MB, prefetch="none", log=tmp_path / "log")
         with clipfs.mount(large, mountpoint, options):
+            filler = fill(disk)
+            assert read_anew(mountpoint) == CONTENT
+            filler.unlink()
             assert read_anew(mountpoint) == CONTENT
             fill(disk)
             assert read_anew(mountpoint) == CONTENT
             kill_worker()
             assert read_anew(mountpoint) == CONTENT
-    assert "No space left" in (tmp_path / "log").read_text()
+    assert (tmp_path / "log").read_text().count("No space left") in (1, 2), "once for each worker that has met it"
 
 
 def test_a_full_disk_below_the_state(
