@@ -28,7 +28,7 @@ def seek_points(spans: list[Span]) -> list[Span]:
 
 class TestCost:
     def test_of_no_window(self) -> None:
-        assert window_cost(b"", 0, b"anything") == 0
+        assert window_cost(b"", 0, b"anything", b"") == 0
 
     def test_is_about_what_keeping_the_window_takes(self) -> None:
         """Of two windows, the one that is judged to cost twice as much does cost more."""
@@ -39,13 +39,14 @@ class TestCost:
             data = blob[span.start :]
             window = plain[max(0, span.position - 32 * KB) : span.position]
             kept = len(zstandard.compress(sparse_window(window, span.bit, data)))
-            judged.append((window_cost(window, span.bit, data[: 16 * KB]), kept))
+            following = plain[span.position : span.position + 8 * KB]
+            judged.append((window_cost(window, span.bit, data[: 16 * KB], following), kept))
         pairs = [(one, other) for one in judged for other in judged if one[0] > 2 * other[0] + 50]
         assert len(pairs) > 100
         assert sum(one[1] > other[1] for one, other in pairs) > 0.9 * len(pairs)
 
     def test_of_a_damaged_stream_is_the_whole_window(self) -> None:
-        assert window_cost(bytes(1000), 0, b"\xff" * 100) == 1000
+        assert window_cost(bytes(1000), 0, b"\xff" * 100, b"x" * 100) == 1000
 
 
 class TestSeekPoints:

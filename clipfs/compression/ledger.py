@@ -13,14 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from clipfs.compression.windows import REACH, sparse_window, window_cost
+from clipfs.compression.windows import REACH, SAMPLE, sparse_window, window_cost
 from clipfs.format.container import Span
 
 # What small reads in sequence are served from.
 _READ = 1 << 20
-
-# Compressed bytes by which the cost of a window is judged.
-_SAMPLE = 16 << 10
 
 # Pieces of work that the hashing thread may be behind: 8 MiB of chunks.
 _BACKLOG = 8
@@ -107,9 +104,9 @@ class Ledger:
         self.length = 0
         self._hash = hashlib.sha256()
 
-    def cost(self, seek: Seek) -> Future[int]:
-        """What it takes to keep the window of a place where decoding can begin, by `window_cost`."""
-        return self._thread.submit(self._cost, seek)
+    def cost(self, seek: Seek, plain: bytes) -> Future[int]:
+        """What it takes to keep the window of a place where decoding can begin. plain: what follows it."""
+        return self._thread.submit(self._cost, seek, plain)
 
     def spans(self) -> list[Span]:
         return [job.result() for job in self._done]
@@ -122,9 +119,9 @@ class Ledger:
         if len(self._behind) > _BACKLOG:
             self._behind.popleft().result()
 
-    def _cost(self, seek: Seek) -> int:
-        head = self._region.peek(seek.start, _SAMPLE) if seek.window else b""
-        return window_cost(seek.window, seek.bit, head)
+    def _cost(self, seek: Seek, plain: bytes) -> int:
+        head = self._region.peek(seek.start, 2 * SAMPLE) if seek.window else b""
+        return window_cost(seek.window, seek.bit, head, plain)
 
     def _span(self, seek: Seek, end: int, position: int, length: int, digest: Any) -> Span:
         if seek.window is not self._sparse[0]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 
 from clipfs.compression.ledger import Ledger, Seek
+from clipfs.compression.windows import SAMPLE
 from clipfs.format.container import SPAN
 
 # What a span may cost in the index, its window and records, as a share of the compressed bytes that it stands for.
@@ -51,7 +52,9 @@ class Stretch:
         self._ledger, self._size, self.piece = ledger, size, piece
         self._runs = [_Run()]
         self._start = self._stop = 0  # decoded bytes of the layer before the span, and up to here
+        # The last three places: one that was just passed, one whose cost is being found out, one that is to be judged.
         self._latest: _Run | None = None
+        self._appraised: _Run | None = None
         self._due: _Run | None = None
         # How far the span had come at the last place that was looked at, by whether there was a window: those without
         # cost nothing, and are looked at whatever is near them.
@@ -80,21 +83,22 @@ class Stretch:
             self._ledger.begin(seek)
             return
         self._seen[bool(seek.window)] = self._come(self._stop, seek.start)
-        run = self._runs[-1]
-        run.seek, run.cost = seek, self._ledger.cost(seek)
-        self._due, self._latest = self._latest, run
+        self._appraise(self._latest)
+        self._due, self._appraised, self._latest = self._appraised, self._latest, self._runs[-1]
+        self._latest.seek = seek
 
     def settle(self, position: int) -> None:
         """End the span if it is time to, decoding having come to compressed byte `position`.
 
-        A place is judged when the next one has come: until then nobody waits for what is to be found out about it, and
-        where spans begin does not depend on how long that takes.
+        What a place costs is found out when what follows is known, at the next one, and it is judged at the one after
+        that: until then nobody waits for it, and where spans begin does not depend on how long that takes.
         """
         due, self._due = self._due, None
-        if due is not None and self._price(due) <= _BUDGET:
+        if due is not None and due.seek is not None and self._price(due) <= _BUDGET:
             self._cut(due)
         if self._come(self._stop, position) >= 1:
             places = [run for run in self._runs if run.seek is not None]
+            self._appraise(self._latest)
             if places:
                 self._cut(min(reversed(places), key=self._price))
             else:
@@ -103,6 +107,12 @@ class Stretch:
     def finish(self) -> None:
         """The layer has ended."""
         self._ledger.cut(self._pass_on(len(self._runs)))
+
+    def _appraise(self, run: _Run | None) -> None:
+        """Have it found out what a place costs."""
+        if run is not None and run.seek is not None and run.cost is None:
+            following = self._runs[self._runs.index(run) + 1 :]
+            run.cost = self._ledger.cost(run.seek, bytes(following[0].data[:SAMPLE]) if following else b"")
 
     def _come(self, stop: int, position: int) -> float:
         """How far a span has come that ends there, decoded and compressed, as a share of what it may have."""
@@ -123,11 +133,14 @@ class Stretch:
         # Less than where the input was for a decoder that looks ahead: what ends with a block needs nothing behind it.
         self._ledger.cut(min(end, seek.start + (seek.bit > 0)))
         self._ledger.begin(seek)
-        self._start, self._latest = last.stop, None
-        self._seen = {True: 0.0, False: 0.0}
+        self._start, self._seen = last.stop, {True: 0.0, False: 0.0}
         for run in self._runs:
             if run.seek is not None and self._come(run.stop, run.seek.start) < _SOONEST:
                 run.seek = run.cost = None
+        self._latest, self._appraised = (self._kept(run) for run in (self._latest, self._appraised))
+
+    def _kept(self, run: _Run | None) -> _Run | None:
+        return run if run in self._runs and run is not None and run.seek is not None else None
 
     def _pass_on(self, count: int) -> int:
         """Give the first runs to the ledger, in pieces; the compressed byte that they end with."""

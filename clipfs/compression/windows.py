@@ -6,6 +6,7 @@ is little, and of some, such as those where one file ends and another begins, ha
 
 from __future__ import annotations
 
+import sys
 import threading
 import zlib
 from functools import cache
@@ -19,13 +20,17 @@ from clipfs.compression.deflate import WINDOW, primed
 REACH = 64 << 10
 
 # Output by which the cost of a window is judged: it tells as much as all 32 KiB would (both agree to 0.9 with what the
-# windows of a 260 MB image came to), in a third of the time, 0.1 ms.
-_SAMPLE = 8 << 10
+# windows of a 260 MB image came to), in a third of the time.
+SAMPLE = 8 << 10
 
 _RAW = -15
 
-# All bits of a byte, if any is set.
+# Every byte with its bits turned over; and all bits of a byte, if any is set.
+_TURNED = bytes(range(255, -1, -1))
 _WHOLE_BYTES = bytes([0] + [255] * 255)
+
+# Where in a number of two bytes this machine has the lower one.
+_LOW = 0 if sys.byteorder == "little" else 1
 
 _local = threading.local()
 
@@ -51,10 +56,11 @@ def sparse_window(window: bytes, bit: int, data: bytes) -> bytes:
         if len(views[-1]) < WINDOW and len(data) >= REACH and not decoder.eof:
             return window  # so much input for so little output: keep it all rather than guess
     low, high, other = views
-    differs = int.from_bytes(low, "little") ^ int.from_bytes(other, "little")
-    places = bytearray(2 * len(low))
-    places[0::2], places[1::2] = low, high
-    used = set(compress(memoryview(places).cast("H"), differs.to_bytes(len(low), "little")))
+    size = len(low)
+    differs = (int.from_bytes(low, "little") ^ int.from_bytes(other, "little")).to_bytes(size, "little")
+    pairs = bytearray(2 * size)
+    pairs[_LOW::2], pairs[1 - _LOW :: 2] = low, high
+    used = set(compress(memoryview(pairs).cast("H"), differs))
     if not used:
         return b""
     kept = bytearray(len(window))
@@ -63,28 +69,29 @@ def sparse_window(window: bytes, bit: int, data: bytes) -> bytes:
     return bytes(kept[min(used) :])
 
 
-def window_cost(window: bytes, bit: int, data: bytes) -> int:
+def window_cost(window: bytes, bit: int, data: bytes, plain: bytes) -> int:
     """About how many bytes the sparse window of this boundary takes when it is compressed, next to those of others.
 
-    What the next output takes from the window is decoded behind two made-up ones, as in `sparse_window`, and compressed
-    where it stands. data: the compressed bytes from the boundary on, `2 * _SAMPLE` of them or what there is.
+    Behind a window whose bits are all turned over, just those bytes come out otherwise that come from the window. They
+    are compressed where they stand. data: the compressed bytes from the boundary on. plain: what they decode to. Of
+    both, `SAMPLE` bytes and twice as many, or what there is.
     """
     if not window:
         return 0
-    stream = primed(bit, data)
-    low, _, other = _dictionaries()
-    views = []
-    for dictionary in (low[: len(window)], other[: len(window)], window):
-        try:
-            views.append(zlib.decompressobj(_RAW, dictionary).decompress(stream, _SAMPLE))
-        except zlib.error:
-            return len(window)  # the stream is damaged; whoever scans it is about to see that, and says where
-    size = len(views[0])
-    first, second, plain = (int.from_bytes(view, "little") for view in views)
-    taken = int.from_bytes((first ^ second).to_bytes(size, "little").translate(_WHOLE_BYTES), "little")
+    try:
+        decoder = zlib.decompressobj(_RAW, window.translate(_TURNED))
+        other = decoder.decompress(primed(bit, data), max(1, len(plain)))
+    except zlib.error:
+        return len(window)  # the stream is damaged; whoever scans it is about to see that, and says where
+    size = min(len(other), len(plain))
+    if not size:
+        return len(window)
+    known = int.from_bytes(plain[:size], "little")
+    differs = known ^ int.from_bytes(other[:size], "little")
+    taken = int.from_bytes(differs.to_bytes(size, "little").translate(_WHOLE_BYTES), "little")
     if not hasattr(_local, "compressor"):
         _local.compressor = zstandard.ZstdCompressor(level=1, write_checksum=False, write_content_size=False)
-    return len(_local.compressor.compress((plain & taken).to_bytes(size, "little")))
+    return len(_local.compressor.compress((known & taken).to_bytes(size, "little")))
 
 
 @cache
