@@ -6,6 +6,7 @@ import hashlib
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import subprocess
 import threading
@@ -128,6 +129,18 @@ class TestOpenAhead:
         for digest, _ in kept:
             small.get(digest, 0)
         assert len(os.listdir("/proc/self/fd")) - before <= 16
+
+    def test_nor_more_than_a_share_of_the_descriptors(self, tmp_path: Path) -> None:
+        kept = [keep(DiskCache(tmp_path, 1 << 40), number, 100) for number in range(100)]
+        before, limits = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before + 60, limits[1]))
+        try:
+            few = DiskCache(tmp_path, 1 << 40)
+            few.open_ahead(digest for digest, _ in kept)
+            assert 16 <= len(os.listdir("/proc/self/fd")) - before <= (before + 60) // 2
+            assert all(few.get(digest, 0) == blocks[0] for digest, blocks in kept)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 class TestDamage:

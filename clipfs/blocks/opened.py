@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import resource
 import threading
 import time
 from collections import OrderedDict
@@ -14,8 +15,9 @@ from pathlib import Path
 from clipfs.blocks.store import DamagedError, Entry, WouldWaitError
 
 # Opening a file takes four turns of a cold disk, a read from an open one takes one. What another process evicts takes
-# its room until it is closed here, so they are so few that they cannot have more than a share of the cache's limit.
-_OPEN, _OPEN_SHARE, _OPEN_BYTES = 1024, 0.04, 512 << 10
+# its room until it is closed here, so they are so few that they cannot have more than a share of the cache's limit; nor
+# of the descriptors that this process may have.
+_OPEN, _OPEN_SHARE, _OPEN_BYTES, _DESCRIPTORS_SHARE = 4096, 0.04, 512 << 10, 0.5
 
 # A file's time says when it was last of use; renewing it more often than this (seconds) only costs time.
 _RENEWAL = 60
@@ -30,7 +32,8 @@ class OpenFiles:
     def __init__(self, directory: Path, limit: int) -> None:
         self.opened = 0  # because somebody read them
         self._directory = directory
-        self._most = max(16, min(_OPEN, int(limit * _OPEN_SHARE / _OPEN_BYTES)))
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = int(max(16, min(_OPEN, limit * _OPEN_SHARE / _OPEN_BYTES, descriptors * _DESCRIPTORS_SHARE)))
         self._lock = threading.Lock()
         self._open: OrderedDict[bytes, tuple[Entry, float]] = OrderedDict()
 

@@ -67,6 +67,9 @@ def _restrict(oom: int | None) -> None:
     # It has credentials and tokens in memory.
     kernel.undumpable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # The usual 1024 are for programs that call select(2). Nothing here does, and files of the cache are kept open.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if oom is not None:
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text(str(oom))
