@@ -211,7 +211,7 @@ class TestLimit:
         for age, digest in enumerate(reversed(digests)):
             path = tmp_path / digest.hex()[:2] / digest.hex()[2:]
             os.utime(path, (1_000_000_000 + age, 1_000_000_000 + age))
-        assert cache.has(digests[7]), "and with that it is the most recently used"
+        assert cache.get(digests[7], 0), "and with that it is the most recently used"
         cache.trim(3 << 20)
         left = {stored.digest for stored in cache.stored()}
         assert left == {digests[7].hex(), digests[0].hex()}

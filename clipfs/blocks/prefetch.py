@@ -20,6 +20,9 @@ _SHORT, _LONG = 0.1, 0.4
 # Groups grow up to so many times what they are at first: 64 spans of a gzip layer are ten compressed megabytes.
 _GROWTH = 8
 
+# Spans that are looked for on the disk at a time: all of them may be there, and soon seen to be.
+_LOOKED_AT = 512
+
 #: A layer and the number of one of its spans.
 Place = tuple[int, int]
 
@@ -33,20 +36,19 @@ async def prefetch(
 ) -> None:
     """Bring those spans that are `absent`, in this order and `least` of them at a time or more. Those who wait for
     others come first; errors are for those who will read there."""
-    at, count = 0, least
-    while at < len(spans):
-        await flights.calm()
-        group = await absent(spans[at : at + count])
-        at += count
-        if not group:
-            continue
-        began = trio.current_time()
-        with contextlib.suppress(ClipfsError):
-            for flight in flights.board(group, why):
-                with contextlib.suppress(ClipfsError):
-                    await flight.blocks()
-        seconds = trio.current_time() - began
-        if seconds < _SHORT:
-            count = min(2 * count, _GROWTH * least)
-        elif seconds > _LONG:
-            count = max(count // 2, least)
+    count = least
+    for at in range(0, len(spans), _LOOKED_AT):
+        missing = await absent(spans[at : at + _LOOKED_AT])
+        while missing:
+            await flights.calm()
+            group, missing = missing[:count], missing[count:]
+            began = trio.current_time()
+            with contextlib.suppress(ClipfsError):
+                for flight in flights.board(group, why):
+                    with contextlib.suppress(ClipfsError):
+                        await flight.blocks()
+            seconds = trio.current_time() - began
+            if seconds < _SHORT:
+                count = min(2 * count, _GROWTH * least)
+            elif seconds > _LONG:
+                count = max(count // 2, least)
