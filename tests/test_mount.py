@@ -23,7 +23,7 @@ import pytest
 import trio
 
 import clipfs
-from clipfs import MountError, MountOptions, UsageError, state
+from clipfs import FormatError, MountError, MountOptions, UsageError, state
 from clipfs.mounting import daemon, kernel, mountinfo, service
 from clipfs.mounting.connection import amended, detached
 from tests.mounts import BIG, GONE, SECONDS, ended, files, kill, record_of, run
@@ -368,6 +368,30 @@ async def test_trio_programs_mount_from_a_thread(clip: Path, mountpoint: Path) -
         clipfs.mount(clip, mountpoint)
     with await trio.to_thread.run_sync(clipfs.mount, clip, mountpoint):
         assert await trio.Path(mountpoint / "hello").read_text() == "hello\n"
+
+
+def test_a_process_of_many_threads_is_not_forked(
+    clip: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever is forked keeps the memory of its parent, and locks that no thread will ever let go of."""
+    ballast = b"x" * (200 << 20)
+    with ThreadPoolExecutor(1) as pool:
+        options = MountOptions(name="from a thread", log=tmp_path / "log")
+        with pool.submit(clipfs.mount, clip, mountpoint, options).result(SECONDS) as mounted:
+            assert (mountpoint / "hello").read_text() == "hello\n"
+            assert record_of(mounted).name == "from a thread"
+            assert "serving" in (tmp_path / "log").read_text()
+            status = Path(f"/proc/{mounted.pid}/status").read_text()
+            [resident] = [int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmRSS")]
+            assert resident < len(ballast) / 2
+            assert os.getsid(mounted.pid) != os.getsid(0)
+            assert os.readlink(f"/proc/{mounted.pid}/cwd") == "/"
+        (tmp_path / "broken.clip").write_bytes(b"no index")
+        with pytest.raises(FormatError, match=r"broken\.clip"):
+            pool.submit(clipfs.mount, tmp_path / "broken.clip", mountpoint).result(SECONDS)
+        monkeypatch.setattr(sys, "executable", "/nowhere/python3")
+        with pytest.raises(MountError, match="cannot start /nowhere/python3"):
+            pool.submit(clipfs.mount, clip, mountpoint).result(SECONDS)
 
 
 def test_in_the_foreground_this_process_serves(clip: Path, mountpoint: Path) -> None:

@@ -31,17 +31,16 @@ class Child:
 
     def __init__(self, job: Job, origin: int | None = None) -> None:
         self.channel, theirs = Channel.pair()
-        home = str(Path(__file__).parents[2])
-        search = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
+        command, environment = program(PROGRAM, theirs.fileno())
         try:
             with theirs:
                 # A process group of its own: what is typed at a terminal is for the supervisor.
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", PROGRAM, str(theirs.fileno())],
+                    command,
                     stdin=subprocess.DEVNULL,
                     stdout=2,
                     pass_fds=[theirs.fileno(), *job.descriptors],
-                    env={**_ENVIRONMENT, **os.environ, "PYTHONPATH": search},
+                    env={**_ENVIRONMENT, **environment},
                     cwd="/",
                     process_group=0,
                     # Nothing of ours runs in the new process but this one call.
@@ -102,6 +101,13 @@ class Child:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
+
+
+def program(module: str, descriptor: int) -> tuple[list[str], dict[str, str]]:
+    """The command that runs a module of this version of clipfs, which inherits a descriptor, and its environment."""
+    home = str(Path(__file__).parents[2])
+    search = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
+    return [sys.executable, "-P", "-m", module, str(descriptor)], {**os.environ, "PYTHONPATH": search}
 
 
 def known_error(kind: str, sentence: str) -> ClipfsError:

@@ -1,8 +1,12 @@
-"""A mount served in the background: forked off, and waited for until the root directory answers.
+"""A mount served in the background: started, and waited for until the root directory answers.
 
 The serving process is a grandchild in a session of its own, so that it is nobody's zombie and no terminal's child. It
 tells its starter three things over a pipe, a line each: who it is, that it is ready, or why it cannot be. The starter
 believes "ready" only after the mounted root has answered. This module knows processes and no FUSE.
+
+From a process of one thread it is forked off, which is fastest. Of a process with more threads, a fork would have their
+locks for ever, taken or not, and all of its memory: there it begins as a new program, ``python -m
+clipfs.mounting.daemon N``, which reads what to do from standard input and tells over descriptor N.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -22,7 +27,7 @@ from clipfs import errors
 from clipfs import log as logs
 from clipfs.errors import ClipfsError, MountError
 from clipfs.mounting import kernel, mountinfo, service
-from clipfs.mounting.child import known_error
+from clipfs.mounting.child import known_error, program
 from clipfs.mounting.options import MountOptions
 from clipfs.state import MountRecord, Process, records, remove_files
 
@@ -46,12 +51,12 @@ def start(clip: Path, mountpoint: str, options: MountOptions, origin: int | None
     device = os.stat(mountpoint).st_dev
     deadline = time.monotonic() + _START_SECONDS
     reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        _serve_and_exit(clip, mountpoint, options, writing, origin)
-    os.close(writing)
-    os.waitpid(child, 0)
     with open(reading, "rb") as messages:
+        with open(writing, "wb", buffering=0):
+            if origin is None and len(os.listdir("/proc/self/task")) > 1:
+                _begin_anew(clip, mountpoint, options, writing)
+            else:
+                _fork(clip, mountpoint, options, writing, origin)
         process = Process(**_message(messages, deadline))
         try:
             _message(messages, deadline)
@@ -60,6 +65,31 @@ def start(clip: Path, mountpoint: str, options: MountOptions, origin: int | None
             _give_up(process, mountpoint)
             raise
     return process
+
+
+def _fork(clip: Path, mountpoint: str, options: MountOptions, writing: int, origin: int | None) -> None:
+    child = os.fork()
+    if child == 0:
+        _serve_and_exit(clip, mountpoint, options, writing, origin)
+    os.waitpid(child, 0)
+
+
+def _begin_anew(clip: Path, mountpoint: str, options: MountOptions, writing: int) -> None:
+    """What it is to do is told on standard input: command lines are for everybody to see."""
+    command, environment = program(__name__, writing)
+    task = json.dumps({"clip": str(clip), "mountpoint": mountpoint, "options": options.to_json()}).encode()
+    try:
+        subprocess.run(
+            command,
+            input=task,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[writing],
+            env=environment,
+            timeout=_START_SECONDS,
+            check=False,  # it has told why, or is missed
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MountError(f"cannot start {sys.executable} to serve the mount: {error}") from error
 
 
 def _message(messages: IO[bytes], deadline: float) -> dict[str, int]:
@@ -185,3 +215,14 @@ def _let_go_of_parent(logfile: Path | None, form: str, keep: set[int]) -> None:
             os.dup2(null, descriptor)
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  for as long as the process lives
     logs.to_stream(sys.stderr, logging.INFO, form=form)
+
+
+def main() -> NoReturn:
+    """As a new program."""
+    task = json.load(sys.stdin)
+    options = MountOptions.of_json(task["options"])
+    _serve_and_exit(Path(task["clip"]), task["mountpoint"], options, int(sys.argv[1]), None)
+
+
+if __name__ == "__main__":
+    main()
