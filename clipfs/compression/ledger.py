@@ -19,7 +19,10 @@ from clipfs.format.container import Span
 # What small reads in sequence are served from.
 _READ = 1 << 20
 
-# Pieces of work that the hashing thread may be behind: 8 MiB of chunks.
+# Decoded bytes that are handed to the hashing thread at a time: handing over costs as much as hashing 64 KiB.
+_TOGETHER = 512 << 10
+
+# Pieces of work that it may be behind: 4 MiB.
 _BACKLOG = 8
 
 
@@ -63,6 +66,8 @@ class Ledger:
         self._behind: deque[Future[Any]] = deque()
         self._done: list[Future[Span]] = []
         self._hash = hashlib.sha256()
+        self._parts: list[bytes | bytearray] = []
+        self._collected = 0  # bytes in them
         self._seek = Seek(0)
         self._position = self._end = 0
         self._sparse: tuple[bytes, bytes] = b"", b""
@@ -86,7 +91,10 @@ class Ledger:
     def add(self, chunk: bytes | bytearray) -> None:
         """The next decoded bytes."""
         self.length += len(chunk)
-        self._submit(self._thread.submit(self._hash.update, chunk))
+        self._parts.append(chunk)
+        self._collected += len(chunk)
+        if self._collected >= _TOGETHER:
+            self._submit(self._thread.submit(_update, self._hash, self._taken()))
 
     def cut(self, end: int, seek: Seek | None = None) -> None:
         """The span ends, with the compressed bytes before `end`. seek: where the next begins; without one, it has to
@@ -95,7 +103,8 @@ class Ledger:
             return
         # What one piece takes beyond its end may be more than all of the next one.
         end = self._end = max(end, self._end) if self._seek.skip else end
-        job = self._thread.submit(self._span, self._seek, end, self._position, self.length, self._hash)
+        rest = self._taken()
+        job = self._thread.submit(self._span, self._seek, end, self._position, self.length, self._hash, rest)
         self._done.append(job)
         self._submit(job)
         done = self._seek
@@ -123,9 +132,21 @@ class Ledger:
         head = self._region.peek(seek.start, 2 * SAMPLE) if seek.window else b""
         return window_cost(seek.window, seek.bit, head, plain)
 
-    def _span(self, seek: Seek, end: int, position: int, length: int, digest: Any) -> Span:
+    def _taken(self) -> list[bytes | bytearray]:
+        parts, self._parts, self._collected = self._parts, [], 0
+        return parts
+
+    def _span(
+        self, seek: Seek, end: int, position: int, length: int, digest: Any, rest: list[bytes | bytearray]
+    ) -> Span:
+        _update(digest, rest)
         if seek.window is not self._sparse[0]:
             # All pieces that begin there share it, and some are shorter than what may refer to it.
             head = self._region.peek(seek.start, REACH)
             self._sparse = seek.window, sparse_window(seek.window, seek.bit, head) if seek.window else b""
         return Span(seek.start, end, position, length, digest.digest(), seek.bit, seek.skip, self._sparse[1])
+
+
+def _update(digest: Any, parts: list[bytes | bytearray]) -> None:
+    for part in parts:
+        digest.update(part)

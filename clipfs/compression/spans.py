@@ -48,8 +48,9 @@ _PATIENCE = 4
 # codes at once, and none of them if input ends among them.
 _AHEAD = 8
 
-# Decoded bytes yielded at a time.
-_CHUNK = 1 << 20
+# Decoded bytes yielded at a time, and at least, but for the last. Boundaries of gzip blocks are some 60 KB from each
+# other; whoever gets bytes has work to do each time.
+_CHUNK, _TOGETHER = 1 << 20, 256 << 10
 
 # Enough for any gzip header that gzip, Go or pigz write; longer ones are read again whole.
 _USUAL_HEADER = 512
@@ -78,7 +79,16 @@ class Scan:
         self._closed = False
 
     def __iter__(self) -> Iterator[bytes]:
-        yield from self._chunks
+        parts: list[bytes] = []
+        size = 0
+        for chunk in self._chunks:
+            parts.append(chunk)
+            size += len(chunk)
+            if size >= _TOGETHER:
+                yield b"".join(parts)
+                parts, size = [], 0
+        if parts:
+            yield b"".join(parts)
         self.spans = self._ledger.spans()
 
     def consumed(self) -> int:
