@@ -41,8 +41,9 @@ from clipfs.erofs.structs import (
 )
 from clipfs.errors import FormatError
 
-# Directory blocks whose names are kept as dicts; at a full 4 KiB one costs about 30 KB, a usual one a tenth of that.
-_TABLES = 512
+# Names in the directory blocks that are kept as dicts, 0.15 KB each. An image with more that is walked in no order
+# costs a table for every other name.
+_NAMES = 1 << 17
 
 _U16 = struct.Struct("<H")
 
@@ -76,6 +77,7 @@ class Metadata:
         self._end = end
         self._name = name
         self._tables: dict[tuple[int, int], dict[bytes, int]] = {}
+        self._names = 0  # in them
         if end % BLOCK or end < BLOCK:
             raise FormatError(f"{name}: its EROFS image does not end at a block's end")
         (
@@ -184,8 +186,8 @@ class Metadata:
     def lookup(self, nid: int, name: bytes) -> int:
         """The nid of `name` in the directory at `nid`, or 0.
 
-        Names are looked up in dicts, one a block; the last `_TABLES` blocks that were used are kept. Nearly all
-        directories are of one block. Taking a table out and putting it back keeps the dict in order of use.
+        Names are looked up in dicts, one a block; those that were used last are kept. Nearly all directories are of one
+        block. Taking a table out and putting it back keeps the dict in order of use.
         """
         key = (nid, 0)
         table = self._tables.pop(key, None)
@@ -199,8 +201,9 @@ class Metadata:
             if table is None:
                 names, nids, _ = self.dirents(node, content, number)
                 table = dict(zip(names, nids, strict=True))
-                if len(self._tables) >= _TABLES:
-                    self._tables.pop(next(iter(self._tables), key), None)
+                self._names += len(table)
+                while self._names > _NAMES and self._tables:
+                    self._names -= len(self._tables.pop(next(iter(self._tables))))
         self._tables[key] = table
         return table.get(name, 0)
 
