@@ -66,14 +66,12 @@ class Counters:
     def hit(self, length: int) -> None:
         """A request was answered from memory. On the hot path, so flat."""
         numbers = self._numbers
-        numbers[0] += 1
         numbers[1] += length
         numbers[4] += 1
 
     def missed(self, length: int, *, tier: str) -> None:
         """A request was answered after waiting; tier: the slowest that it needed, memory, disk or source."""
         numbers = self._numbers
-        numbers[0] += 1
         numbers[1] += length
         numbers[5] += 1
         if tier == "disk":
@@ -110,7 +108,9 @@ class Counters:
         self._numbers[8] += 1
 
     def asdict(self) -> dict[str, int]:
-        return dict(zip(NAMES, self._numbers, strict=True))
+        """All of them. The first number in the buffer is that of versions that counted requests by themselves."""
+        counted = dict(zip(NAMES, self._numbers, strict=True))
+        return counted | {"requests": counted["hits"] + counted["misses"]}
 
     def close(self) -> None:
         """Let go of the buffer, and of the mapping if it is one. Closing again does no harm."""

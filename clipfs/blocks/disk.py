@@ -98,9 +98,14 @@ class DiskCache:
 
     def get(self, digest: bytes, number: int, *, wait: bool = True) -> bytes | None:
         """Block `number` of a span, None if it is not here. WouldWaitError if not `wait` and the disk is needed."""
+        blocks = self.read(digest, number, 1, wait=wait)
+        return blocks[0] if blocks else None
+
+    def read(self, digest: bytes, first: int, count: int, *, wait: bool = True) -> list[bytes]:
+        """So many blocks of a span, from `first` on; none if not all are here. WouldWaitError as for `get`."""
         try:
             entry = self.files.get(digest, wait)
-            return None if entry is None else entry.read(number, wait=wait)
+            return [] if entry is None else entry.read(first, count, wait=wait)
         except OutdatedError:
             self._remove(digest)
         except DamagedError:
@@ -109,7 +114,7 @@ class DiskCache:
             self._remove(digest)
         except OSError as error:
             self._complain(error)
-        return None
+        return []
 
     def has(self, digest: bytes) -> bool:
         """Is the span here? Whether its file is good shows when it is read: this is asked of all that an image has."""
@@ -204,7 +209,7 @@ class DiskCache:
             # Not by `files`, for looking after a span is no use of it.
             entry = Entry(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), name)
             for number in range(len(entry)):
-                hasher.update(entry.read(number, wait=True))
+                hasher.update(entry.read(number, 1, wait=True)[0])
             good = hasher.digest() == name
         except (FileNotFoundError, OutdatedError):
             return True  # evicted a moment ago, or replaced when somebody needs it

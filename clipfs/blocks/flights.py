@@ -153,13 +153,7 @@ class Flights:
     def _stored(self, flight: Flight) -> list[bytes] | None:
         """In a thread: all blocks of a span, if the disk has them."""
         assert self._disk is not None
-        blocks = []
-        for number in range(-(-flight.span.length // BLOCK)):
-            block = self._disk.get(flight.span.digest, number)
-            if block is None:
-                return None
-            blocks.append(block)
-        return blocks
+        return self._disk.read(flight.span.digest, 0, -(-flight.span.length // BLOCK)) or None
 
     async def _await_other(self, flight: Flight, why: str) -> None:
         """Somebody else fetches the span: wait until they have, or it is up to us after all."""

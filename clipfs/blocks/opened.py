@@ -30,8 +30,7 @@ class OpenFiles:
     """
 
     def __init__(self, directory: Path, limit: int) -> None:
-        self.opened = 0  # because somebody read them
-        self._directory = directory
+        self._directory = str(directory)
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most = int(max(16, min(_OPEN, limit * _OPEN_SHARE / _OPEN_BYTES, descriptors * _DESCRIPTORS_SHARE)))
         self._lock = threading.Lock()
@@ -54,7 +53,6 @@ class OpenFiles:
             except FileNotFoundError:
                 self.forget(digest)
                 return None
-            self.opened += 1
         with contextlib.suppress(OSError):
             entry.touch()
         with self._lock:
@@ -84,7 +82,9 @@ class OpenFiles:
             self._open.pop(digest, None)
 
     def _opened(self, digest: bytes) -> Entry:
-        path = path_of(self._directory, digest)
+        # As a string: a Path takes as long as opening does.
+        name = digest.hex()
+        path = f"{self._directory}/{name[:2]}/{name[2:]}"
         return Entry(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), digest)
 
 

@@ -6,7 +6,7 @@ the last one of a span fewer; its key is (layer number, span number, block numbe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
 from clipfs.errors import FormatError
@@ -94,6 +94,17 @@ def plan(index: IndexView, address: int, length: int) -> list[Piece]:
     return pieces
 
 
+def runs(keys: Iterable[Key]) -> list[tuple[int, int, int, int]]:
+    """Blocks that follow each other in a span, taken together: (layer, span, first block, count)."""
+    found: list[tuple[int, int, int, int]] = []
+    for layer, number, block in keys:
+        if found and found[-1][:2] == (layer, number) and sum(found[-1][2:]) == block:
+            found[-1] = (layer, number, found[-1][2], found[-1][3] + 1)
+        else:
+            found.append((layer, number, block, 1))
+    return found
+
+
 def blocks_of(plain: bytes) -> list[bytes]:
     """The blocks of a decoded span."""
     return [plain[at : at + BLOCK] for at in range(0, len(plain), BLOCK)]
@@ -103,7 +114,8 @@ def join(pieces: Sequence[Piece], blocks: Mapping[Key, bytes]) -> bytes:
     """The bytes that the pieces stand for. KeyError if a block is missing."""
     return b"".join(
         [
-            bytes(stop - start) if key is None else blocks[key][inner : inner + stop - start]
+            # As views: what is joined is copied once.
+            bytes(stop - start) if key is None else memoryview(blocks[key])[inner : inner + stop - start]
             for start, stop, key, inner in pieces
         ]
     )

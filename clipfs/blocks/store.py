@@ -55,17 +55,33 @@ class WouldWaitError(Exception):
 
 def pack(digest: bytes, blocks: Sequence[bytes], *, compress: bool) -> list[bytes]:
     """The file's bytes, in pieces."""
-    stored = [_squeezed(block) if compress else block for block in blocks]
+    stored = _squeezed(blocks) if compress else blocks
     rows = b"".join(_ROW.pack(len(data), isal_zlib.crc32(data)) for data in stored)
     head = _HEAD.pack(_MAGIC, _VERSION, BLOCK, sum(map(len, blocks)), digest) + rows
     return [head, _CRC.pack(isal_zlib.crc32(head)), *stored]
 
 
-def _squeezed(block: bytes) -> bytes:
+def _squeezed(blocks: Sequence[bytes]) -> list[bytes]:
+    """All in one call: between two, this thread would have to wait for its turn in the interpreter."""
     if not hasattr(_local, "compressor"):
         _local.compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=False)
-    squeezed: bytes = _local.compressor.compress(block)
-    return squeezed if len(squeezed) < len(block) else block
+    squeezed = _local.compressor.multi_compress_to_buffer(list(blocks), threads=1) if blocks else ()
+    return [
+        small.tobytes() if len(small) < len(block) else block for small, block in zip(squeezed, blocks, strict=True)
+    ]
+
+
+def _unsqueezed(frames: Sequence[memoryview], lengths: Sequence[int]) -> list[bytes]:
+    """The blocks of these lengths, in one call as well. ZstdError if the frames are of others."""
+    if not hasattr(_local, "decompressor"):
+        _local.decompressor = zstandard.ZstdDecompressor()
+    if not frames:
+        return []
+    if len(frames) == 1:
+        return [_local.decompressor.decompress(frames[0], max_output_size=lengths[0])]
+    sizes = array("Q", lengths)
+    found = _local.decompressor.multi_decompress_to_buffer(list(frames), decompressed_sizes=sizes, threads=1)
+    return [block.tobytes() for block in found]
 
 
 class Entry:
@@ -110,33 +126,36 @@ class Entry:
         """It is of use now."""
         os.utime(self._descriptor)
 
-    def read(self, number: int, *, wait: bool) -> bytes:
-        """Block `number`. DamagedError if it is not what was written; WouldWaitError as `wait` has it."""
-        try:
-            offset, size, crc = self._offsets[number], self._sizes[number], self._crcs[number]
-        except IndexError:
-            raise DamagedError from None
-        data = os.pread(self._descriptor, size, offset) if wait else self._cached(size, offset)
-        if len(data) != size or isal_zlib.crc32(data) != crc:
+    def read(self, first: int, count: int, *, wait: bool) -> list[bytes]:
+        """So many blocks. DamagedError if they are not what was written; WouldWaitError as `wait` has it."""
+        stop = first + count
+        if stop > len(self):
             raise DamagedError
-        length = min(BLOCK, self.length - number * BLOCK)
-        if size == length:
-            return data
-        if not hasattr(_local, "decompressor"):
-            _local.decompressor = zstandard.ZstdDecompressor()
+        offsets, start = self._offsets, self._offsets[first]
+        size = offsets[stop] - start
+        data = memoryview(os.pread(self._descriptor, size, start) if wait else self._cached(size, start))
+        if len(data) != size:
+            raise DamagedError
+        stored = [data[offsets[at] - start : offsets[at + 1] - start] for at in range(first, stop)]
+        if any(isal_zlib.crc32(block) != self._crcs[at] for at, block in enumerate(stored, first)):
+            raise DamagedError
+        lengths = [min(BLOCK, self.length - at * BLOCK) for at in range(first, stop)]
+        whole = {at: bytes(block) for at, block in enumerate(stored) if len(block) == lengths[at]}
+        others = [at for at in range(count) if at not in whole]
         try:
-            plain: bytes = _local.decompressor.decompress(data, max_output_size=length)
+            plain = _unsqueezed([stored[at] for at in others], [lengths[at] for at in others])
         except zstandard.ZstdError:
             raise DamagedError from None
-        if len(plain) != length:
+        whole.update(zip(others, plain, strict=True))
+        if any(len(whole[at]) != lengths[at] for at in range(count)):
             raise DamagedError
-        return plain
+        return [whole[at] for at in range(count)]
 
-    def _cached(self, size: int, offset: int) -> bytes:
+    def _cached(self, size: int, offset: int) -> bytearray:
         data = bytearray(size)
         try:
             if os.preadv(self._descriptor, [data], offset, os.RWF_NOWAIT) == size:
-                return bytes(data)
+                return data
         except OSError as error:
             # tmpfs, among others, does not know the flag; EAGAIN is its answer where it is known.
             if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
