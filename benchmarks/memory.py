@@ -15,8 +15,9 @@ import clipfs
 from benchmarks.goals import Outcome, at_most
 from benchmarks.measure import Picture, Section, progress
 from benchmarks.peers import FUSE_VIEW
-from benchmarks.programs import drop_caches, forget, run
+from benchmarks.programs import CLIPFS_COMMAND, drop_caches, forget, run
 from benchmarks.reading import python_reader, readers
+from benchmarks.remote import FAST
 from benchmarks.streaming import linked
 from benchmarks.workload import BIG, Workload, listing, small_files
 
@@ -49,15 +50,12 @@ def memory(workload: Workload) -> Section:
     found: dict[str, dict[str, Memory]] = {}
     for name, act in _workloads(workload).items():
         found[name] = {
-            who: _watched(f"{name}, {who}", clip, mountpoint, clipfs.MountOptions(view=view), act)
-            for who, view in _VIEWS.items()
+            who: _watched(f"{name}, {who}", clip, mountpoint, f"view={view}", act) for who, view in _VIEWS.items()
         }
     remote = scratch / "remote.clip"
-    with linked(workload, remote) as (_, source, _):
+    with linked(workload, remote, FAST) as (_, source, _):
         found["sequential, over a link"] = {
-            who: _watched(
-                f"over a link, {who}", remote, mountpoint, clipfs.MountOptions(view=view, source=source), _copy
-            )
+            who: _watched(f"over a link, {who}", remote, mountpoint, f"view={view},source={source}", _copy)
             for who, view in _VIEWS.items()
         }
     mountpoint.rmdir()
@@ -78,22 +76,23 @@ def _copy(root: Path) -> None:
     run("cp", root / BIG, "/dev/null")
 
 
-def _watched(
-    what: str, clip: Path, mountpoint: Path, options: clipfs.MountOptions, act: Callable[[Path], object]
-) -> Memory:
-    """With empty caches."""
+def _watched(what: str, clip: Path, mountpoint: Path, options: str, act: Callable[[Path], object]) -> Memory:
+    """With empty caches. Mounted by the command: what a library forks shares memory with who called it."""
     progress(f"memory: {what}")
     forget()
     drop_caches()
     found = Memory()
-    with clipfs.mount(clip, mountpoint, options) as mounted:
-        [worker] = [record.worker for record in clipfs.mounts() if record.process.pid == mounted.pid]
-        assert worker is not None
-        processes = (mounted.pid, worker.pid)
+    run(*CLIPFS_COMMAND, "mount", "-o", options, clip, mountpoint)
+    try:
+        [record] = clipfs.mounts()
+        assert record.worker is not None
+        processes = (record.process.pid, record.worker.pid)
         found.before = sum(_resident(pid, "VmRSS") for pid in processes)
         with _sampled(processes, found.samples):
             act(mountpoint)
         found.most = sum(_resident(pid, "VmHWM") for pid in processes)
+    finally:
+        clipfs.unmount(mountpoint, force=True)
     return found
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import clipfs
 from benchmarks.measure import CLIPFS
-from benchmarks.programs import await_mount, run, squashfuse_mount, unmount
+from benchmarks.programs import run, served, squashfuse_mount, unmount
 from benchmarks.workload import Copies
 
 FUSE_VIEW = "clipfs, FUSE"
@@ -32,9 +31,8 @@ FORMS = (
 #: Mounts a peer on a directory, for a while.
 Mounting = Callable[[Path], AbstractContextManager[Path]]
 
-_SECONDS = 20
-# The first time ratarmount reads all of the archive, before it mounts.
-_INDEXING_SECONDS = 300.0
+#: The first time ratarmount reads all of the archive, before it mounts.
+INDEXING_SECONDS = 300.0
 
 
 def peers(copies: Copies, clip: Path) -> dict[str, Mounting]:
@@ -50,7 +48,7 @@ def peers(copies: Copies, clip: Path) -> dict[str, Mounting]:
     }
     ratarmount = ratarmount_program()
     if ratarmount:
-        found[RATARMOUNT] = lambda at: served(at, ratarmount, "-f", copies.archive, at)
+        found[RATARMOUNT] = lambda at: served(at, ratarmount, "-f", copies.archive, at, seconds=INDEXING_SECONDS)
     return found
 
 
@@ -73,19 +71,3 @@ def _kernel(fstype: str, image: Path, at: Path) -> Iterator[Path]:
         yield at
     finally:
         unmount(at)
-
-
-@contextmanager
-def served(at: Path, *command: str | Path) -> Iterator[Path]:
-    """A FUSE file system that stays in the foreground until it is unmounted."""
-    quiet = subprocess.DEVNULL
-    process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, process_group=0)
-    try:
-        await_mount(at, process, _INDEXING_SECONDS)
-        yield at
-    finally:
-        unmount(at)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_SECONDS)
-        process.kill()
-        process.wait()

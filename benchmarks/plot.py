@@ -70,7 +70,7 @@ def goals(figure: Any, outcomes: Sequence[Outcome]) -> None:
     kinds: tuple[tuple[str, str, str, Callable[[Outcome], bool]], ...] = (
         ("met", "o", BLUE, lambda each: each.met),
         ("missed", "X", VERMILION, lambda each: not each.met and not each.out_of_reach),
-        ("out of reach: the kernel's own file systems miss it too", "D", GREY, lambda each: each.out_of_reach),
+        ("out of reach: those that do the least miss it, too", "D", GREY, lambda each: each.out_of_reach),
     )
     for label, marker, colour, chosen in kinds:
         found = [(_shown(each.share), lines.index(each.wanted)) for each in outcomes if chosen(each)]

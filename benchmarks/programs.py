@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import clipfs
@@ -100,15 +100,18 @@ def clipfs_mount(clip: Path, mountpoint: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def squashfuse_mount(archive: Path, mountpoint: Path) -> Iterator[Path]:
-    """A fresh squashfuse_ll with default options."""
-    # In the foreground it can be waited for; in a group of its own no Ctrl-C ends it before we unmount it.
-    process = subprocess.Popen(["squashfuse_ll", "-f", archive, mountpoint], process_group=0)
+def served(at: Path, *command: str | Path, seconds: float = _MOUNT_SECONDS) -> Iterator[Path]:
+    """A FUSE file system that stays in the foreground, where it can be waited for, until it is unmounted.
+
+    seconds: that it may take to mount.
+    """
+    # In a group of its own no Ctrl-C ends it before we unmount it.
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0)
     try:
-        await_mount(mountpoint, process)
-        yield mountpoint
+        _await_mount(at, process, seconds)
+        yield at
     finally:
-        unmount(mountpoint)
+        unmount(at)
         try:
             process.wait(_MOUNT_SECONDS)
         finally:
@@ -116,7 +119,12 @@ def squashfuse_mount(archive: Path, mountpoint: Path) -> Iterator[Path]:
             process.wait()
 
 
-def await_mount(mountpoint: Path, process: subprocess.Popen[bytes], seconds: float = _MOUNT_SECONDS) -> None:
+def squashfuse_mount(archive: Path, mountpoint: Path) -> AbstractContextManager[Path]:
+    """A fresh squashfuse_ll with default options."""
+    return served(mountpoint, "squashfuse_ll", "-f", archive, mountpoint)
+
+
+def _await_mount(mountpoint: Path, process: subprocess.Popen[bytes], seconds: float) -> None:
     """Wait for the kernel to say that its table of mounts has changed, and for the right change."""
     deadline = time.monotonic() + seconds
     with open("/proc/self/mountinfo") as table, open(os.pidfd_open(process.pid), "rb", buffering=0) as death:

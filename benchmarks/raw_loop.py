@@ -2,7 +2,7 @@
 
 The loop reads a message, looks into the same index, packs the answer and writes it. It does nothing else: it knows no
 errors, cannot wait for data, and is nobody's mount. ``python -m benchmarks.raw_loop CLIP FILE MOUNTPOINT`` is that
-loop; FILE has the contents of the one file that can be read from it.
+loop; FILE has the contents of the one file of which the first 64 KiB can be read from it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import errno
 import mmap
 import os
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +22,7 @@ from pathlib import Path
 import clipfs
 from benchmarks.goals import at_most
 from benchmarks.measure import CLIPFS, Row, Section, rounds
-from benchmarks.programs import await_mount, one_core, unmount
+from benchmarks.programs import one_core, served
 from benchmarks.workload import BIG, Workload, small_files
 from clipfs.format.index import Index, Node
 from clipfs.mounting import connection, kernel
@@ -38,8 +37,6 @@ _WHY = (
     "For each, pyfuse3 makes four coroutines and a poll(2), and a read is counted, followed and looked up in the LRU."
 )
 
-_SECONDS = 20
-
 # statx(2): of an open file itself, and from who serves it although the kernel knows.
 _EMPTY_PATH, _FORCE_SYNC, _BASIC = 0x1000, 0x2000, 0x7FF
 
@@ -47,16 +44,23 @@ _EMPTY_PATH, _FORCE_SYNC, _BASIC = 0x1000, 0x2000, 0x7FF
 _BLOCK, _PAGE = 1 << 16, 4096
 
 # linux/fuse.h: heads of messages, and what follows them.
-_LOOKUP, _GETATTR, _OPEN, _READ, _STATFS, _RELEASE, _INIT, _OPENDIR, _RELEASEDIR = 1, 3, 14, 15, 17, 18, 26, 27, 29
+_LOOKUP, _GETATTR, _OPEN, _READ, _RELEASE = 1, 3, 14, 15, 18
+_INIT, _OPENDIR, _RELEASEDIR, _READDIRPLUS = 26, 27, 29, 44
 _NO_ANSWER = frozenset((2, 36, 42))
 _IN, _OUT, _READ_IN = struct.Struct("<IIQQIIII"), struct.Struct("<IiQ"), struct.Struct("<QQI")
 _INIT_OUT = struct.Struct("<IIIIHHIIHHI28x")
 
+_FOR_EVER = 2**31 - 1
+
 # struct fuse_entry_out and fuse_attr_out, whose last part is a struct fuse_attr.
 _ENTRY_OUT = struct.Struct("<QQQQII" + "QQQQQQIIIIIIIIII")
+_DIRENT = struct.Struct("<QQII")
 _ATTR_OUT = struct.Struct("<QII" + "QQQQQQIIIIIIIIII")
+# "There is no such name", which the kernel keeps.
+_ABSENT = _ENTRY_OUT.pack(0, 0, _FOR_EVER, *19 * (0,))
+# In FUSE_INIT: directories are read with the attributes of what is in them.
+_DO_READDIRPLUS = 1 << 13
 _LARGEST = 1 << 17
-_FOR_EVER = 2**31 - 1
 
 
 def requests(workload: Workload) -> Section:
@@ -64,7 +68,10 @@ def requests(workload: Workload) -> Section:
     clip, mountpoint = workload.scratch / "raw.clip", workload.scratch / "raw"
     clipfs.build(workload.generated, clip)
     mountpoint.mkdir()
-    peers = {CLIPFS: partial(_ours, clip, mountpoint), BARE: partial(_bare, clip, workload.unpacked / BIG, mountpoint)}
+    peers: dict[str, Callable[[], AbstractContextManager[Path]]] = {
+        CLIPFS: partial(_ours, clip, mountpoint),
+        BARE: partial(bare_loop, clip, workload.unpacked / BIG, mountpoint),
+    }
     ways = {
         "look up a name": partial(_look_up, small_files(workload)),
         "attributes of a file": partial(_get_attributes, workload.size.files),
@@ -132,20 +139,9 @@ def _ours(clip: Path, mountpoint: Path) -> Iterator[Path]:
         yield mountpoint
 
 
-@contextmanager
-def _bare(clip: Path, file: Path, mountpoint: Path) -> Iterator[Path]:
-    command = (sys.executable, "-m", "benchmarks.raw_loop", clip, file, mountpoint)
-    process = subprocess.Popen(command, process_group=0)
-    try:
-        await_mount(mountpoint, process)
-        yield mountpoint
-    finally:
-        unmount(mountpoint)
-        try:
-            process.wait(_SECONDS)
-        finally:
-            process.kill()
-            process.wait()
+def bare_loop(clip: Path, file: Path, mountpoint: Path) -> AbstractContextManager[Path]:
+    """That loop as a mount."""
+    return served(mountpoint, sys.executable, "-m", "benchmarks.raw_loop", clip, file, mountpoint)
 
 
 # --- the loop
@@ -178,11 +174,7 @@ def _loop(fuse: int, index: Index, blocks: Mapping[int, bytes]) -> None:
         nid = index.root if inode == 1 else inode
         if opcode == _LOOKUP:
             found = index.lookup(nid, bytes(buffer[_IN.size : length - 1]))
-            if found:
-                entry = (found, 0, _FOR_EVER, _FOR_EVER, 0, 0, *_attributes(index.inode(found)))
-                os.write(fuse, _OUT.pack(_OUT.size + 128, 0, unique) + _ENTRY_OUT.pack(*entry))
-            else:
-                os.write(fuse, _OUT.pack(_OUT.size, -errno.ENOENT, unique))
+            os.write(fuse, _OUT.pack(_OUT.size + 128, 0, unique) + (_entry(index, found) if found else _ABSENT))
         elif opcode == _GETATTR:
             attributes = _attributes(index.inode(nid))
             os.write(fuse, _OUT.pack(_OUT.size + 104, 0, unique) + _ATTR_OUT.pack(_FOR_EVER, 0, 0, *attributes))
@@ -192,16 +184,37 @@ def _loop(fuse: int, index: Index, blocks: Mapping[int, bytes]) -> None:
             at = offset % _BLOCK
             data = blocks[offset // _BLOCK][at : at + size]
             os.writev(fuse, (_OUT.pack(_OUT.size + len(data), 0, unique), data))
+        elif opcode == _READDIRPLUS:
+            _, offset, size = _READ_IN.unpack_from(buffer, _IN.size)
+            data = _listing(index, nid, offset, size)
+            os.write(fuse, _OUT.pack(_OUT.size + len(data), 0, unique) + data)
         elif opcode in (_OPEN, _OPENDIR):
             addresses[nid] = index.inode(nid).address
             os.write(fuse, _OUT.pack(_OUT.size + 16, 0, unique) + struct.pack("<QII", 0, 0, 0))
         elif opcode == _INIT:
-            answer = _INIT_OUT.pack(7, 31, 1 << 17, 0, 0, 0, _PAGE, 1, 0, 0, 0)
+            answer = _INIT_OUT.pack(7, 31, 1 << 17, _DO_READDIRPLUS, 0, 0, _PAGE, 1, 0, 0, 0)
             os.write(fuse, _OUT.pack(_OUT.size + len(answer), 0, unique) + answer)
         elif opcode in (_RELEASE, _RELEASEDIR):
             os.write(fuse, _OUT.pack(_OUT.size, 0, unique))
         elif opcode not in _NO_ANSWER:
             os.write(fuse, _OUT.pack(_OUT.size, -errno.ENOSYS, unique))
+
+
+def _entry(index: Index, nid: int) -> bytes:
+    return _ENTRY_OUT.pack(nid, 0, _FOR_EVER, _FOR_EVER, 0, 0, *_attributes(index.inode(nid)))
+
+
+def _listing(index: Index, nid: int, offset: int, size: int) -> bytes:
+    """The entries of a directory from the one with this number on, as many as have room."""
+    entries = [(b".", 0), (b"..", 0), *index.entries(nid)]
+    found = bytearray()
+    for number, (name, child) in enumerate(entries[offset:], offset + 1):
+        head = _entry(index, child) if child else bytes(_ENTRY_OUT.size)
+        each = head + _DIRENT.pack(child or nid, number, len(name), 0) + name + bytes(-len(name) % 8)
+        if len(found) + len(each) > size:
+            break
+        found += each
+    return bytes(found)
 
 
 def _attributes(node: Node) -> tuple[int, ...]:

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.peers import served
-from benchmarks.programs import run
+from benchmarks.peers import INDEXING_SECONDS
+from benchmarks.programs import run, served
 from tests.registry import Registry
 
 ROUND_TRIP = 0.02
-SLOW, FAST = 3e6, 100e6
+# Bytes a second: 24, 200 and 800 Mbit/s.
+SLOW, USUAL, FAST = 3e6, 25e6, 100e6
 
 # MiB between its seek points. By default 16, and then it reads and decodes as much again and again.
 _SPACING = 1
@@ -49,6 +50,7 @@ def upload(registry: Registry, repository: str, file: Path) -> str:
 @contextmanager
 def ratarmount(program: Path, url: str, index: Path, at: Path) -> Iterator[Path]:
     """A `.tar.gz` mounted by its URL; the index is made if it is not there."""
-    with served(at, program, "-f", "--gzip-seek-point-spacing", str(_SPACING), "--index-file", index, url, at):
+    command = (program, "-f", "--gzip-seek-point-spacing", str(_SPACING), "--index-file", index, url, at)
+    with served(at, *command, seconds=INDEXING_SECONDS):
         os.listdir(at)
         yield at

@@ -37,7 +37,7 @@ ROWS = {
     "views": 17,
     "requests": 3,
     "containers": 2,
-    "streaming": 1,
+    "streaming": 2,
 }
 
 
