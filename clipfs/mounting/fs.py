@@ -38,8 +38,7 @@ _FOR_EVER = 2**31 - 1
 # As on a disk. FUSE itself lets a kilobyte through.
 _MAX_NAME = 255
 
-# Entries kept before a lookup table starts over. Attributes cost 0.4 KB each; the kernel keeps its own for ever, so
-# these only serve hard links.
+# Entries kept before a lookup table starts over. Attributes cost 0.4 KB each; the kernel keeps its own for ever.
 _REMEMBERED = 4096
 
 # Names in listings that are kept for who lists the directory again, which the kernel asks for each time: 13 MB.
@@ -151,7 +150,10 @@ class ClipFS(pyfuse3.Operations):
         nid = index.lookup(index.root if parent_inode == 1 else parent_inode, name)
         if not nid:
             return self._absent
-        return self._root if nid == index.root else self._attributes_of(nid)
+        if nid == index.root:
+            return self._root
+        # Not remembered: the kernel does, and asks for another name next.
+        return self._attributes.get(nid) or self._made(nid)
 
     @_answer
     def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
