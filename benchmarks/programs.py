@@ -20,7 +20,7 @@ from clipfs.mounting import mountinfo
 _ROOT = Path(__file__).parent.parent
 
 #: The command line tool, of this very source tree.
-CLIPFS_COMMAND = (sys.executable, "-c", "import sys; from clipfs.cli.main import main; sys.exit(main())")
+CLIPFS_COMMAND = (sys.executable, "-P", "-c", "import sys; from clipfs.cli.main import main; sys.exit(main())")
 
 # Longer than anything here takes, unpacking on a machine that is busy with something else included.
 SECONDS = 120.0

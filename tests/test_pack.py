@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -122,6 +123,21 @@ class TestWhatComesOut:
         clipfs.extract(clip, tmp_path / "out")
         assert differences(picture(tmp_path / "out"), picture(root)) == []
         assert (tmp_path / "out/sparse").stat().st_blocks * 512 < 4 * SPAN, "holes are holes"
+
+    def test_a_file_system_without_xattrs(self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def unknown(*_: object, **__: object) -> list[str]:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "listxattr", unknown)
+            clip = packed(root, tmp_path / "x.clip")
+        with clipfs.Index.open(clip) as index:
+            index.check()
+            assert not any(index.xattrs(node.nid) for _, node in index.walk())
+        os.removexattr(root / "empty", "user.note")
+        os.removexattr(root / "deep", "user.note")
+        clipfs.extract(clip, tmp_path / "out")
+        assert differences(picture(tmp_path / "out"), picture(root)) == []
 
     def test_the_demo_image(self, demo_image: str, demo_unpacked: Path, runtime: Path, tmp_path: Path) -> None:
         require_programs("fsck.erofs")

@@ -7,6 +7,7 @@ equal. What is mounted below the top is left out.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -155,7 +156,12 @@ def _looks(status: os.stat_result) -> tuple[int, ...]:
 
 
 def _xattrs(path: bytes) -> dict[bytes, bytes]:
-    names = os.listxattr(path, follow_symlinks=False)
+    try:
+        names = os.listxattr(path, follow_symlinks=False)
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:
+            raise
+        return {}  # the file system that it is on knows no such thing
     return {os.fsencode(name): os.getxattr(path, name, follow_symlinks=False) for name in names}
 
 
