@@ -60,6 +60,35 @@ def test_what_is_kept_is_found(tmp_path: Path, length: int, compress: bool) -> N
     assert cache.get(digest, len(blocks)) is None, "there is no such block"
 
 
+@pytest.mark.parametrize("compress", [True, False])
+@pytest.mark.parametrize("wait", [True, False])
+def test_several_blocks_in_one_call(tmp_path: Path, compress: bool, wait: bool) -> None:
+    """Compressed ones and others next to each other, the short one at the end among them."""
+    cache = DiskCache(tmp_path, 1 << 30, compress=compress)
+    data = b"".join(random.Random(n).randbytes(BLOCK) if n % 3 else bytes([n]) * BLOCK for n in range(7)) + b"end" * 99
+    digest, blocks = hashlib.sha256(data).digest(), [data[at : at + BLOCK] for at in range(0, len(data), BLOCK)]
+    claim = cache.claim(digest)
+    assert claim is not None
+    claim.keep(blocks)
+    assert cache.get(digest, 0) == blocks[0], "it is open"
+    for first in range(len(blocks)):
+        for stop in range(first + 1, len(blocks) + 1):
+            assert cache.read(digest, first, stop - first, wait=wait) == blocks[first:stop]
+
+
+def test_of_several_blocks_one_is_damaged_or_too_many(cache: DiskCache) -> None:
+    for number, bad in ((1, 2), (2, 0)):
+        digest, blocks = keep(cache, number)
+        [stored] = [each for each in cache.stored() if each.digest == digest.hex()]
+        data = bytearray(stored.path.read_bytes())
+        data[-1 if bad else 100] ^= 1
+        stored.path.write_bytes(data)
+        assert cache.read(digest, bad, len(blocks) - bad) == []
+        assert not stored.path.exists()
+    digest, blocks = keep(cache, 3)
+    assert cache.read(digest, 1, len(blocks)) == []
+
+
 def test_what_is_not_kept_is_not_found(cache: DiskCache) -> None:
     assert cache.get(span(1)[0], 0) is None
     assert not cache.has(span(1)[0])

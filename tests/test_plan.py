@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipfs.blocks.plan import BLOCK, Key, Piece, join, plan
+from clipfs.blocks.plan import BLOCK, Key, Piece, join, plan, runs
 from clipfs.errors import FormatError
 from tests.streams import noise
 from tests.views import Extents, FakeIndex, View
@@ -105,3 +105,9 @@ def test_pieces_stand_for_the_bytes(seed: int) -> None:
 def test_join_needs_every_block() -> None:
     with pytest.raises(KeyError):
         join(plan(one(), 0, 200), {(0, 0, 0): bytes(100)})
+
+
+def test_runs_are_of_one_span_and_without_gaps() -> None:
+    keys = [(0, 1, 6), (0, 1, 7), (0, 2, 0), (0, 2, 2), (0, 2, 3), (1, 2, 4), (1, 2, 3)]
+    assert runs(keys) == [(0, 1, 6, 2), (0, 2, 0, 1), (0, 2, 2, 2), (1, 2, 4, 1), (1, 2, 3, 1)]
+    assert runs([]) == []

@@ -159,11 +159,7 @@ class BlockReader:
             await self._fly(missing, blocks)
         self.counters.missed(length, tier=tier)
         if tier == "disk" and self._disk is not None:
-            self._disk_reads += 1
-            if self._disk_reads == _MANY:
-                spans = [layer.spans for layer in self._index.layers]
-                digests = (each.digest(at) for each in spans for at in range(len(each)))
-                self.flights.keeper.open_ahead(self._disk, digests)
+            self._open_ahead(self._disk)
         await trio.lowlevel.checkpoint_if_cancelled()
         return join(pieces, blocks)
 
@@ -243,6 +239,13 @@ class BlockReader:
             found |= await self._load(disk, rest)
         blocks.update(found)
         return [key for key in rest if key not in found]
+
+    def _open_ahead(self, disk: DiskCache) -> None:
+        """Somebody has waited for the disk."""
+        self._disk_reads += 1
+        if self._disk_reads == _MANY:
+            spans = [layer.spans for layer in self._index.layers]
+            self.flights.keeper.open_ahead(disk, (each.digest(at) for each in spans for at in range(len(each))))
 
     def _unwritten(self, key: Key) -> bytes | None:
         layer, number, at = key

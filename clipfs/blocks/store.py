@@ -87,7 +87,7 @@ def _unsqueezed(frames: Sequence[memoryview], lengths: Sequence[int]) -> list[by
 class Entry:
     """A file of blocks, open. It stays readable when it is removed, until nobody refers to it any more.
 
-    What is held of its table is 16 bytes a block: hundreds of them are open in a process.
+    What is held of its table is 12 bytes a block: hundreds of them are open in a process.
     """
 
     def __init__(self, descriptor: int, digest: bytes) -> None:
@@ -108,14 +108,14 @@ class Entry:
         if len(head) < at + _CRC.size or isal_zlib.crc32(head[:at]) != _CRC.unpack_from(head, at)[0]:
             raise DamagedError
         rows = struct.unpack(f"<{(at - _HEAD.size) // 4}I", head[_HEAD.size : at])
-        self._sizes, self._crcs = array("I", rows[::2]), array("I", rows[1::2])
-        self._offsets = array("Q", accumulate(self._sizes, initial=at + _CRC.size))
+        self._crcs = array("I", rows[1::2])
+        self._offsets = array("Q", accumulate(rows[::2], initial=at + _CRC.size))
 
     def __del__(self) -> None:
         os.close(self._descriptor)
 
     def __len__(self) -> int:
-        return len(self._sizes)
+        return len(self._crcs)
 
     @property
     def there(self) -> bool:
