@@ -105,18 +105,23 @@ def served(at: Path, *command: str | Path, seconds: float = _MOUNT_SECONDS) -> I
 
     seconds: that it may take to mount.
     """
-    # In a group of its own no Ctrl-C ends it before we unmount it.
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0)
-    try:
-        _await_mount(at, process, seconds)
-        yield at
-    finally:
-        unmount(at)
+    quiet = subprocess.DEVNULL
+    with tempfile.TemporaryFile() as said:
+        # In a group of its own no Ctrl-C ends it before we unmount it.
+        process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=said, process_group=0)
         try:
-            process.wait(_MOUNT_SECONDS)
+            if not _await_mount(at, process, seconds):
+                said.seek(0)
+                words = " ".join(map(str, command))
+                raise SystemExit(f"{words}\ndid not mount: {said.read().decode(errors='replace').strip()}")
+            yield at
         finally:
-            process.kill()
-            process.wait()
+            unmount(at)
+            try:
+                process.wait(_MOUNT_SECONDS)
+            finally:
+                process.kill()
+                process.wait()
 
 
 def squashfuse_mount(archive: Path, mountpoint: Path) -> AbstractContextManager[Path]:
@@ -124,7 +129,7 @@ def squashfuse_mount(archive: Path, mountpoint: Path) -> AbstractContextManager[
     return served(mountpoint, "squashfuse_ll", "-f", archive, mountpoint)
 
 
-def _await_mount(mountpoint: Path, process: subprocess.Popen[bytes], seconds: float) -> None:
+def _await_mount(mountpoint: Path, process: subprocess.Popen[bytes], seconds: float) -> bool:
     """Wait for the kernel to say that its table of mounts has changed, and for the right change."""
     deadline = time.monotonic() + seconds
     with open("/proc/self/mountinfo") as table, open(os.pidfd_open(process.pid), "rb", buffering=0) as death:
@@ -133,8 +138,9 @@ def _await_mount(mountpoint: Path, process: subprocess.Popen[bytes], seconds: fl
         poll.register(death, select.POLLIN)
         while not os.path.ismount(mountpoint):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"{process.args!r} did not mount")
+                return False
             poll.poll(1000 * (deadline - time.monotonic()))
+    return True
 
 
 def unmount(mountpoint: Path) -> None:
