@@ -214,7 +214,7 @@ def test_a_peer_that_fails_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     (tmp_path / "no.squashfs").write_bytes(b"not one")
     with (
-        pytest.raises(SystemExit, match="did not mount: .+"),
+        pytest.raises(SystemExit, match=r"did not mount: .+"),
         programs.squashfuse_mount(tmp_path / "no.squashfs", tmp_path / "mnt"),
     ):
         pytest.fail("mounted what is no file system")

@@ -40,13 +40,19 @@ def run(args: argparse.Namespace) -> int:
         # From here on there is something to take down, and no signal may come between.
         events = stack.enter_context(assembler.Events())
         container = stack.enter_context(assembler.Container.create(base, options.name))
-        mounted = stack.enter_context(mounter.mount(clip, container.mountpoint(), mount_options(args, "suid,dev")))
+        mount = mount_options(args, "suid,dev")
+        mounted = stack.enter_context(mounter.mount(clip, container.mountpoint(), mount, meanwhile=_load_runner))
         output = stack.enter_context(_FirstOutput()) if args.stats else None
         code = assembler.run_in(container, events, mounted.mountpoint, config, options, archive="v2 (OCI)")
         if output is not None:
             output.close()
             _report(output.seconds, mounted.counters()["bytes_fetched"], compressed)
         return code
+
+
+def _load_runner() -> None:
+    """What runs the container, while the mount is being made."""
+    import assembler.runner  # noqa: F401
 
 
 def _directory(target: str) -> Path | None:

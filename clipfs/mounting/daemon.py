@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -41,10 +42,16 @@ _START_SECONDS = 30.0
 _DEATH_SECONDS = 5.0
 
 
-def start(clip: Path, mountpoint: str, options: MountOptions, origin: int | None = None) -> Process:
+def start(
+    clip: Path,
+    mountpoint: str,
+    options: MountOptions,
+    origin: int | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Process:
     """Serve `clip` on `mountpoint` from a new process; returns when the root answers, raises what it died of.
 
-    origin: see `service.serve`.
+    origin: see `service.serve`. meanwhile: called when that process is on its way.
     """
     if "trio" in sys.modules and sys.modules["trio"].lowlevel.in_trio_run():
         raise errors.UsageError("mount() blocks; inside of trio call it as `await trio.to_thread.run_sync(mount, …)`")
@@ -59,6 +66,7 @@ def start(clip: Path, mountpoint: str, options: MountOptions, origin: int | None
                 _fork(clip, mountpoint, options, writing, origin)
         process = Process(**_message(messages, deadline))
         try:
+            meanwhile()
             _message(messages, deadline)
             _await_root(mountpoint, device, deadline)
         except BaseException:

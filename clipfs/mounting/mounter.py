@@ -85,15 +85,21 @@ class Mount:
 
 
 def mount(
-    clip: Path | str, mountpoint: Path | str, options: MountOptions | None = None, *, origin: int | None = None
+    clip: Path | str,
+    mountpoint: Path | str,
+    options: MountOptions | None = None,
+    *,
+    origin: int | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Mount:
     """Mount the file `clip` on the directory `mountpoint`; returns when its root directory answers.
 
     Processes of its own serve the mount from then on. FormatError if the clip is broken, MountError if it cannot be
     mounted. origin: for who has changed the mount namespace, a descriptor of that where Python and the rest are.
+    meanwhile: called while those processes start.
     """
     path, place = _checked(clip, mountpoint)
-    process = daemon.start(path, place, options or MountOptions(), origin)
+    process = daemon.start(path, place, options or MountOptions(), origin, meanwhile)
     record = next((record for record in state.records() if record.process == process), None)
     if record is None:
         raise MountError(f"mounted on {place}, but it was unmounted at once")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import resource
@@ -43,9 +44,12 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     _restrict(job.oom)
     try:
-        # Late: an error in what it brings is told, too.
+        # Late: an error in what it brings is told, too. Of what is imported, nothing will ever be garbage.
+        gc.disable()
         from clipfs.mounting.session import serve
 
+        gc.freeze()
+        gc.enable()
         serve(job, channel)
     except BaseException as error:
         if not isinstance(error, ClipfsError):
