@@ -162,9 +162,9 @@ class TestSignals:
     ) -> None:
         real = mounter.mount
 
-        def interrupted(*given: Any) -> mounter.Mount:
+        def interrupted(*given: Any, **named: Any) -> mounter.Mount:
             os.kill(os.getpid(), number)
-            return real(*given)
+            return real(*given, **named)
 
         monkeypatch.setattr(mounter, "mount", interrupted)
         assert main(["run", "--rm", "--base", str(base), str(tree_clip), "sleep", "1000"]) == code

@@ -226,16 +226,13 @@ class BlockReader:
         await self._loaded(keys)
         found = {key: block for key in keys if (block := self._cache.get(key) or self._unwritten(key)) is not None}
         rest = [key for key in keys if key not in found]
-        if len(rest) <= _AT_ONCE:
-            # If others wait, too, threads are better: a disk can do several things at a time.
-            if self._disk_seconds < _QUICK and not self._loading:
-                found |= self._keep(self._look_up(disk, rest))
-            else:
-                try:
-                    found |= self._keep(self._look_up(disk, rest, wait=False))
-                except WouldWaitError:
-                    found |= await self._load(disk, rest)
-        else:
+        # If others wait, too, threads are better: a disk can do several things at a time.
+        quick = self._disk_seconds < _QUICK and not self._loading
+        try:
+            if len(rest) > _AT_ONCE:
+                raise WouldWaitError
+            found |= self._keep(self._look_up(disk, rest, wait=quick))
+        except WouldWaitError:
             found |= await self._load(disk, rest)
         blocks.update(found)
         return [key for key in rest if key not in found]
