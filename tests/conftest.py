@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from benchmarks import demo
+from clipfs.mounting import daemon
 from tests.leftovers import Places, nothing_left_behind
 
 _ROOT = Path(__file__).parent.parent
@@ -63,6 +64,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
             temporary.chmod(0o755)
             patch.setenv("TMPDIR", directory)
             patch.setattr(tempfile, "tempdir", directory)
+            # What serves a mount inherits what a test has patched, although earlier tests have left idle threads here.
+            patch.setattr(daemon, "_alone", lambda: True)
             yield Places(base, Path(os.environ["CLIPFS_STATE"]), temporary, Path(os.environ["CLIPFS_CACHE"], "scratch"))
             assert list(temporary.iterdir()) == []
 

@@ -33,6 +33,9 @@ pytestmark = pytest.mark.usefixtures("view", "runtime")
 
 REPOSITORY = Path(__file__).parent.parent
 
+# What conftest.py puts something else in place of.
+ALONE = daemon._alone
+
 
 # --- what a mount shows
 
@@ -370,10 +373,26 @@ async def test_trio_programs_mount_from_a_thread(clip: Path, mountpoint: Path) -
         assert await trio.Path(mountpoint / "hello").read_text() == "hello\n"
 
 
+def test_something_else_is_done_meanwhile(clip: Path, mountpoint: Path) -> None:
+    done: list[str] = []
+    with clipfs.mount(clip, mountpoint, meanwhile=lambda: done.append("once")):
+        assert (mountpoint / "hello").read_text() == "hello\n"
+    assert done == ["once"]
+
+    def fails() -> None:
+        raise LookupError("something else")
+
+    with pytest.raises(LookupError, match="something else"):
+        clipfs.mount(clip, mountpoint, meanwhile=fails)
+    assert mountinfo.top_at(str(mountpoint)) is None
+    assert clipfs.mounts() == []
+
+
 def test_a_process_of_many_threads_is_not_forked(
     clip: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Whoever is forked keeps the memory of its parent, and locks that no thread will ever let go of."""
+    monkeypatch.setattr(daemon, "_alone", ALONE)
     ballast = b"x" * (200 << 20)
     with ThreadPoolExecutor(1) as pool:
         options = MountOptions(name="from a thread", log=tmp_path / "log")

@@ -60,10 +60,10 @@ def start(
     reading, writing = os.pipe()
     with open(reading, "rb") as messages:
         with open(writing, "wb", buffering=0):
-            if origin is None and len(os.listdir("/proc/self/task")) > 1:
-                _begin_anew(clip, mountpoint, options, writing)
-            else:
+            if origin is not None or _alone():
                 _fork(clip, mountpoint, options, writing, origin)
+            else:
+                _begin_anew(clip, mountpoint, options, writing)
         process = Process(**_message(messages, deadline))
         try:
             meanwhile()
@@ -73,6 +73,11 @@ def start(
             _give_up(process, mountpoint)
             raise
     return process
+
+
+def _alone() -> bool:
+    """Has this process one thread only, those that Python does not know of counted?"""
+    return len(os.listdir("/proc/self/task")) == 1
 
 
 def _fork(clip: Path, mountpoint: str, options: MountOptions, writing: int, origin: int | None) -> None:
