@@ -41,8 +41,14 @@ def keep(cache: DiskCache, number: int, length: int = 3 * BLOCK + 17) -> tuple[b
     return digest, blocks
 
 
+def get(cache: DiskCache, digest: bytes, number: int, *, wait: bool = True) -> bytes | None:
+    """One block, None if it is not here."""
+    blocks = cache.read(digest, number, 1, wait=wait)
+    return blocks[0] if blocks else None
+
+
 def everything(cache: DiskCache, digest: bytes, count: int) -> list[bytes | None]:
-    return [cache.get(digest, number) for number in range(count)]
+    return [get(cache, digest, number) for number in range(count)]
 
 
 @pytest.fixture
@@ -57,7 +63,7 @@ def test_what_is_kept_is_found(tmp_path: Path, length: int, compress: bool) -> N
     digest, blocks = keep(cache, 1, length)
     assert everything(cache, digest, len(blocks)) == blocks
     assert everything(DiskCache(tmp_path, 1 << 30), digest, len(blocks)) == blocks
-    assert cache.get(digest, len(blocks)) is None, "there is no such block"
+    assert get(cache, digest, len(blocks)) is None, "there is no such block"
 
 
 @pytest.mark.parametrize("compress", [True, False])
@@ -70,7 +76,7 @@ def test_several_blocks_in_one_call(tmp_path: Path, compress: bool, wait: bool) 
     claim = cache.claim(digest)
     assert claim is not None
     claim.keep(blocks)
-    assert cache.get(digest, 0) == blocks[0], "it is open"
+    assert get(cache, digest, 0) == blocks[0], "it is open"
     for first in range(len(blocks)):
         for stop in range(first + 1, len(blocks) + 1):
             assert cache.read(digest, first, stop - first, wait=wait) == blocks[first:stop]
@@ -90,7 +96,7 @@ def test_of_several_blocks_one_is_damaged_or_too_many(cache: DiskCache) -> None:
 
 
 def test_what_is_not_kept_is_not_found(cache: DiskCache) -> None:
-    assert cache.get(span(1)[0], 0) is None
+    assert get(cache, span(1)[0], 0) is None
     assert not cache.has(span(1)[0])
 
 
@@ -107,9 +113,9 @@ def test_without_waiting(cache: DiskCache) -> None:
     """The loop must not wait for a disk: what is not open, or not in memory, is for a thread."""
     digest, blocks = keep(cache, 1)
     with pytest.raises(WouldWaitError):
-        cache.get(digest, 0, wait=False)
-    assert cache.get(digest, 0) == blocks[0]
-    assert cache.get(digest, 0, wait=False) == blocks[0]
+        get(cache, digest, 0, wait=False)
+    assert get(cache, digest, 0) == blocks[0]
+    assert get(cache, digest, 0, wait=False) == blocks[0]
 
 
 class TestOpenAhead:
@@ -127,7 +133,7 @@ class TestOpenAhead:
         fresh = DiskCache(cache.directory, 1 << 30)
         fresh.open_ahead([digest])
         assert stored.path.stat().st_mtime == 1
-        fresh.get(digest, 0)
+        get(fresh, digest, 0)
         assert stored.path.stat().st_mtime > 1, "but reading is"
 
     def test_what_was_evicted_meanwhile_is_not_served(self, cache: DiskCache) -> None:
@@ -136,7 +142,7 @@ class TestOpenAhead:
         fresh = DiskCache(cache.directory, 1 << 30)
         fresh.open_ahead([digest])
         cache.trim(0)
-        assert fresh.get(digest, 0) is None
+        assert get(fresh, digest, 0) is None
 
     def test_damage_is_left_to_who_reads(self, cache: DiskCache) -> None:
         digest, _ = keep(cache, 1)
@@ -145,7 +151,7 @@ class TestOpenAhead:
         fresh = DiskCache(cache.directory, 1 << 30)
         fresh.open_ahead([digest])
         assert stored.path.exists()
-        assert fresh.get(digest, 0) is None
+        assert get(fresh, digest, 0) is None
         assert not stored.path.exists()
 
     def test_no_more_than_a_share_of_the_limit_is_held(self, tmp_path: Path) -> None:
@@ -156,7 +162,7 @@ class TestOpenAhead:
         before = len(os.listdir("/proc/self/fd"))
         small.open_ahead(digest for digest, _ in kept)
         for digest, _ in kept:
-            small.get(digest, 0)
+            get(small, digest, 0)
         assert len(os.listdir("/proc/self/fd")) - before <= 16
 
     def test_nor_more_than_a_share_of_the_descriptors(self, tmp_path: Path) -> None:
@@ -167,7 +173,7 @@ class TestOpenAhead:
             few = DiskCache(tmp_path, 1 << 40)
             few.open_ahead(digest for digest, _ in kept)
             assert 16 <= len(os.listdir("/proc/self/fd")) - before <= (before + 60) // 2
-            assert all(few.get(digest, 0) == blocks[0] for digest, blocks in kept)
+            assert all(get(few, digest, 0) == blocks[0] for digest, blocks in kept)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
@@ -207,14 +213,14 @@ class TestDamage:
         other, _ = keep(cache, 2)
         path, other_path = (cache.directory / d.hex()[:2] / d.hex()[2:] for d in (digest, other))
         other_path.replace(path)
-        assert DiskCache(cache.directory, 1 << 30).get(digest, 0) is None
+        assert get(DiskCache(cache.directory, 1 << 30), digest, 0) is None
 
     def test_a_link_is_not_followed(self, cache: DiskCache, tmp_path: Path) -> None:
         digest, _ = keep(cache, 1)
         [stored] = cache.stored()
         stored.path.rename(tmp_path / "elsewhere")
         stored.path.symlink_to(tmp_path / "elsewhere")
-        assert DiskCache(cache.directory, 1 << 30).get(digest, 0) is None
+        assert get(DiskCache(cache.directory, 1 << 30), digest, 0) is None
 
     def test_a_lost_or_wrong_total_is_counted_anew(self, cache: DiskCache) -> None:
         keep(cache, 1)
@@ -240,7 +246,7 @@ class TestLimit:
         for age, digest in enumerate(reversed(digests)):
             path = tmp_path / digest.hex()[:2] / digest.hex()[2:]
             os.utime(path, (1_000_000_000 + age, 1_000_000_000 + age))
-        assert cache.get(digests[7], 0), "and with that it is the most recently used"
+        assert get(cache, digests[7], 0), "and with that it is the most recently used"
         cache.trim(3 << 20)
         left = {stored.digest for stored in cache.stored()}
         assert left == {digests[7].hex(), digests[0].hex()}
@@ -254,7 +260,7 @@ class TestLimit:
     def test_none_at_all(self, tmp_path: Path) -> None:
         cache = DiskCache(tmp_path, 0)
         digest, _ = keep(cache, 1)
-        assert cache.get(digest, 0) is None
+        assert get(cache, digest, 0) is None
         assert list(tmp_path.rglob("*/*")) == []
 
     def test_the_default_is_a_share_of_the_disk(self, tmp_path: Path) -> None:
@@ -274,7 +280,7 @@ class TestClaims:
         first.keep(blocks)
         waiting.join(SECONDS)
         assert not waiting.is_alive()
-        assert cache.get(digest, 0) == blocks[0]
+        assert get(cache, digest, 0) == blocks[0]
 
     def test_given_back(self, cache: DiskCache) -> None:
         digest, _ = span(1)
@@ -398,7 +404,7 @@ class TestBadDisks:
         (small / "others").write_bytes(bytes(1_700_000))
         for number in range(10):
             digest, blocks = keep(cache, number, 400_000)
-            assert cache.get(digest, 0) in (None, blocks[0])
+            assert get(cache, digest, 0) in (None, blocks[0])
         assert len([record for record in caplog.records if "limited use" in record.message]) == 1
         (small / "others").unlink()
         digest, blocks = keep(cache, 99, 400_000)
@@ -419,21 +425,21 @@ class TestBadDisks:
         again = DiskCache(small / "cache", 100 << 20)
         assert everything(again, digest, len(blocks)) == blocks, "what is there is still good"
         other, _ = keep(again, 2)
-        assert again.get(other, 0) is None
+        assert get(again, other, 0) is None
         assert len(caplog.records) == 1
 
     def test_a_directory_that_cannot_be(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         (tmp_path / "file").write_text("")
         cache = DiskCache(tmp_path / "file" / "cache", 1 << 20)
         digest, _ = keep(cache, 1)
-        assert cache.get(digest, 0) is None
+        assert get(cache, digest, 0) is None
         assert len(caplog.records) == 1
 
     def test_a_directory_that_is_removed(self, cache: DiskCache) -> None:
         digest, _ = keep(cache, 1)
         subprocess.run(["rm", "-r", cache.directory], check=True)
-        assert DiskCache(cache.directory, 1 << 30).get(digest, 0) is None
-        assert cache.get(digest, 1) in (None, span(1)[1][1])
+        assert get(DiskCache(cache.directory, 1 << 30), digest, 0) is None
+        assert get(cache, digest, 1) in (None, span(1)[1][1])
         keep(cache, 2)
 
 

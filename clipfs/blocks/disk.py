@@ -96,13 +96,11 @@ class DiskCache:
 
     # --- reading
 
-    def get(self, digest: bytes, number: int, *, wait: bool = True) -> bytes | None:
-        """Block `number` of a span, None if it is not here. WouldWaitError if not `wait` and the disk is needed."""
-        blocks = self.read(digest, number, 1, wait=wait)
-        return blocks[0] if blocks else None
-
     def read(self, digest: bytes, first: int, count: int, *, wait: bool = True) -> list[bytes]:
-        """So many blocks of a span, from `first` on; none if not all are here. WouldWaitError as for `get`."""
+        """So many blocks of a span, from `first` on; none if not all are here.
+
+        WouldWaitError if not `wait` and the disk is needed.
+        """
         try:
             entry = self.files.get(digest, wait)
             return [] if entry is None else entry.read(first, count, wait=wait)

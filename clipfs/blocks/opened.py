@@ -83,12 +83,15 @@ class OpenFiles:
 
     def _opened(self, digest: bytes) -> Entry:
         # As a string: a Path takes as long as opening does.
-        name = digest.hex()
-        path = f"{self._directory}/{name[:2]}/{name[2:]}"
+        path = f"{self._directory}/{_name_of(digest)}"
         return Entry(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), digest)
 
 
 def path_of(directory: Path, digest: bytes) -> Path:
     """Where in the cache the file of a span is."""
+    return directory / _name_of(digest)
+
+
+def _name_of(digest: bytes) -> str:
     name = digest.hex()
-    return directory / name[:2] / name[2:]
+    return f"{name[:2]}/{name[2:]}"
