@@ -371,6 +371,35 @@ class TestPrefetch:
             gate.set()
 
 
+class TestWarm:
+    """What an earlier run needed is in memory before the next one asks, if it is on the disk."""
+
+    async def test_the_first_of_it(self, images: Callable[[Compression], Image], disk: DiskCache) -> None:
+        image = images("gzip")
+        spans = trace.everything(image.index.layers)
+        async with reading(image, image.source(), disk=disk) as reader:
+            await reader.prefetch(spans, "all", 8)
+        source = image.source()
+        async with reading(image, source, disk=disk, memory=16 * MB) as reader:
+            await reader.warm(spans)
+            assert reader.try_read(image.start + MB, 4096) == BIG[MB : MB + 4096]
+            assert reader.try_read(image.start + 6 * MB, MB) == BIG[6 * MB : 7 * MB]
+            assert reader.try_read(image.start + 9 * MB, 4096) is None, "half of the memory is left"
+            assert list(reader.wanted) == [(0, number) for number in sorted(number for _, number in reader.wanted)]
+            assert len(reader.wanted) < len(spans) // 4, "nobody has wanted the rest"
+        assert source.ranges == []
+
+    async def test_nothing_is_fetched_for_it(self, images: Callable[[Compression], Image], disk: DiskCache) -> None:
+        image = images("gzip")
+        source = image.source()
+        spans = trace.everything(image.index.layers)
+        async with reading(image, source, disk=disk) as reader:
+            await reader.warm(spans)
+        async with reading(image, source) as reader:
+            await reader.warm(spans)
+        assert source.ranges == []
+
+
 class TestTrace:
     def test_there_and_back(self, images: Callable[[Compression], Image], tmp_path: Path) -> None:
         layers = images("gzip").index.layers

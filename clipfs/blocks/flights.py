@@ -73,6 +73,18 @@ class Flights:
         """Write to the disk what is still to be written."""
         self.keeper.close()
 
+    async def absent(self, spans: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+        """Those of these spans that are not on the disk; all, without one."""
+        disk = self._disk
+        if disk is None:
+            return spans
+        digests = [self._layers[layer].spans.digest(number) for layer, number in spans]
+
+        def look() -> list[tuple[int, int]]:
+            return [span for span, digest in zip(spans, digests, strict=True) if not disk.has(digest)]
+
+        return await trio.to_thread.run_sync(look, limiter=self.decoders)
+
     async def calm(self) -> None:
         """Return when nobody waits for a span."""
         await self._calm.wait()

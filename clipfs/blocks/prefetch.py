@@ -7,7 +7,7 @@ those waiting who want something else meanwhile. This module decides how much to
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 import trio
 
@@ -27,18 +27,12 @@ _LOOKED_AT = 512
 Place = tuple[int, int]
 
 
-async def prefetch(
-    flights: Flights,
-    absent: Callable[[Sequence[Place]], Awaitable[Sequence[Place]]],
-    spans: Sequence[Place],
-    why: str,
-    least: int,
-) -> None:
-    """Bring those spans that are `absent`, in this order and `least` of them at a time or more. Those who wait for
-    others come first; errors are for those who will read there."""
+async def prefetch(flights: Flights, spans: Sequence[Place], why: str, least: int) -> None:
+    """Bring those spans that are not on the disk, in this order and `least` of them at a time or more. Those who wait
+    for others come first; errors are for those who will read there."""
     count = least
     for at in range(0, len(spans), _LOOKED_AT):
-        missing = await absent(spans[at : at + _LOOKED_AT])
+        missing = await flights.absent(spans[at : at + _LOOKED_AT])
         while missing:
             await flights.calm()
             group, missing = missing[:count], missing[count:]

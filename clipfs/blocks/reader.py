@@ -307,19 +307,19 @@ class BlockReader:
     async def prefetch(self, spans: Sequence[tuple[int, int]], why: str, at_once: int) -> None:
         """Bring spans onto the disk, or into memory without one, in this order, `at_once` at a time or more. Those who
         wait for others come first; errors are for those who will read there."""
-        await prefetch(self.flights, self._absent, spans, why, at_once)
+        await prefetch(self.flights, spans, why, at_once)
 
-    async def _absent(self, spans: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
-        """Those of these spans that are not on the disk; all, without one."""
-        disk, layers = self._disk, self._index.layers
-        if disk is None:
-            return spans
-        digests = [layers[layer].spans.digest(number) for layer, number in spans]
-
-        def look() -> list[tuple[int, int]]:
-            return [span for span, digest in zip(spans, digests, strict=True) if not disk.has(digest)]
-
-        return await trio.to_thread.run_sync(look, limiter=self.flights.decoders)
+    async def warm(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Bring into memory what the disk has of the first of these spans, until that is half full."""
+        if self._disk is None:
+            return
+        room = self._cache.limit // 2
+        for layer, number in spans:
+            length = self._index.layers[layer].spans[number].length
+            room -= length
+            if room < 0:
+                break
+            await self._from_disk(self._disk, [(layer, number, at) for at in range(-(-length // BLOCK))], {})
 
 
 async def _taken(flight: Flight, numbers: Sequence[int]) -> dict[Key, bytes]:
