@@ -388,6 +388,57 @@ def test_something_else_is_done_meanwhile(clip: Path, mountpoint: Path) -> None:
     assert clipfs.mounts() == []
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_who_serves_may_begin_early(
+    clip: Path, mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    monkeypatch.setattr(daemon, "_alone", lambda: alone)
+    with daemon.Standby() as standby:
+        options = MountOptions(log=tmp_path / "log")
+        with clipfs.mount(clip, mountpoint, options, standby=standby) as mounted:
+            assert (mountpoint / "hello").read_text() == "hello\n"
+            record = record_of(mounted)
+            assert record.worker is not None
+            for process in (record.process, record.worker):
+                for number in (1, 2):
+                    assert os.readlink(f"/proc/{process.pid}/fd/{number}") == str(tmp_path / "log")
+    assert not any(process.alive for process in (record.process, record.worker))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_who_was_to_serve_and_is_not_asked_to_ends(monkeypatch: pytest.MonkeyPatch, alone: bool) -> None:
+    monkeypatch.setattr(daemon, "_alone", lambda: alone)
+    began = time.monotonic()
+    with daemon.Standby() as standby:
+        # It lets go of this when it has ended, and its worker with it.
+        answers = os.dup(standby.answers.fileno())
+    with open(answers, "rb", buffering=0) as ending:
+        assert ending.read(1) == b""
+    assert time.monotonic() - began < SECONDS / 2
+
+
+def test_who_was_to_serve_and_has_died_is_missed(clip: Path, mountpoint: Path) -> None:
+    with daemon.Standby() as standby:
+        children = [
+            int(path.parent.name)
+            for path in Path("/proc").glob("[0-9]*/stat")
+            if f"pipe:[{os.fstat(standby.answers.fileno()).st_ino}]" in _links(path.parent)
+        ]
+        for pid in children:
+            if pid != os.getpid():
+                os.kill(pid, signal.SIGKILL)
+        with pytest.raises(MountError, match="ended without a word"):
+            clipfs.mount(clip, mountpoint, standby=standby)
+
+
+def _links(process: Path) -> list[str]:
+    """What the descriptors of a process are."""
+    try:
+        return [os.readlink(path) for path in (process / "fd").iterdir()]
+    except OSError:
+        return []
+
+
 def test_a_process_of_many_threads_is_not_forked(
     clip: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

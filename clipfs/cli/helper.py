@@ -117,6 +117,7 @@ def _obey(request: _Request) -> int:
         return 0
 
     # Late, for the answers above need nothing of it.
+    from clipfs.mounting.daemon import Standby
     from clipfs.mounting.mounter import mount, record_at
 
     origin = None if request.namespace is None else _enter(request.namespace)
@@ -130,7 +131,8 @@ def _obey(request: _Request) -> int:
     if str(clip) != request.spec:
         # By this name it is found to be mounted already.
         options = replace(options, name=request.spec)
-    mounted = mount(clip, request.directory, options, origin=origin)
+    with Standby(origin) as standby:
+        mounted = mount(clip, request.directory, options, standby=standby)
     say(f"{clip} is mounted on {mounted.mountpoint}, served by process {mounted.pid}")
     return 0
 

@@ -27,9 +27,12 @@ _DEATH_SECONDS = 5.0
 
 
 class Child:
-    """A worker process. origin: a descriptor of the mount namespace that it is to be in, None for this one."""
+    """A worker process, which loads what it needs until it is given a job.
 
-    def __init__(self, job: Job, origin: int | None = None) -> None:
+    origin: a descriptor of the mount namespace that it is to be in, None for this one.
+    """
+
+    def __init__(self, origin: int | None = None) -> None:
         self.channel, theirs = Channel.pair()
         command, environment = program(PROGRAM, theirs.fileno())
         try:
@@ -39,7 +42,7 @@ class Child:
                     command,
                     stdin=subprocess.DEVNULL,
                     stdout=2,
-                    pass_fds=[theirs.fileno(), *job.descriptors],
+                    pass_fds=[theirs.fileno()],
                     env={**_ENVIRONMENT, **environment},
                     cwd="/",
                     process_group=0,
@@ -61,7 +64,10 @@ class Child:
         self.mute = False
         #: What it has died of, as far as it could tell.
         self.last_words = ""
-        self.channel.say("job", job=job.to_json())
+
+    def give(self, job: Job) -> None:
+        """What it is to work on, with the descriptors that it needs for that."""
+        self.channel.hand("job", job.descriptors, job=job.to_json())
 
     def await_word(self, word: str, deadline: float) -> None:
         """Wait until it says so. The error that it died of, or MountError if it died silently or is too slow."""
@@ -103,11 +109,11 @@ class Child:
             self.pidfd = -1
 
 
-def program(module: str, descriptor: int) -> tuple[list[str], dict[str, str]]:
-    """The command that runs a module of this version of clipfs, which inherits a descriptor, and its environment."""
+def program(module: str, *descriptors: int) -> tuple[list[str], dict[str, str]]:
+    """The command that runs a module of this version of clipfs, which inherits descriptors, and its environment."""
     home = str(Path(__file__).parents[2])
     search = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
-    return [sys.executable, "-P", "-m", module, str(descriptor)], {**os.environ, "PYTHONPATH": search}
+    return [sys.executable, "-P", "-m", module, *map(str, descriptors)], {**os.environ, "PYTHONPATH": search}
 
 
 def known_error(kind: str, sentence: str) -> ClipfsError:

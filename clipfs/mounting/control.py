@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 from clipfs.mounting.options import MountOptions
 from clipfs.state import Process
+
+_DESCRIPTORS = ("fuse", "index", "clip", "counters", "journal", "log")
 
 # A job is some KB; the kernel lets 200 KB through.
 _LARGEST = 1 << 18
@@ -24,13 +26,13 @@ _LARGEST = 1 << 18
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What a worker works on. The numbers are descriptors that it inherits.
+    """What a worker works on. The first numbers are descriptors, which it is handed and knows by other numbers.
 
     fuse: the connection. index: a checked copy of the index. clip: the file itself, for the data in a packed one.
-    counters, journal: the files of `state.MountRecord`, which are named after `process`. path: what the clip is called.
-    source: where its data is. began: when the mount did, by the monotonic clock. level: of
-    logging. oom: what the worker's oom_score_adj is to be, None if that of the supervisor was not changed.
-    xattrs: False if no inode of the index has any.
+    counters, journal: the files of `state.MountRecord`, which are named after `process`. log: for what it writes. path:
+    what the clip is called. source: where its data is. began: when the mount did, by the monotonic clock. level: of
+    logging. oom: what the worker's oom_score_adj is to be, None if that of the supervisor was not changed. xattrs:
+    False if no inode of the index has any.
     """
 
     fuse: int
@@ -38,6 +40,7 @@ class Job:
     clip: int
     counters: int
     journal: int
+    log: int
     view: str
     path: str
     source: str
@@ -50,7 +53,12 @@ class Job:
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        return self.fuse, self.index, self.clip, self.counters, self.journal
+        return tuple(getattr(self, name) for name in _DESCRIPTORS)
+
+    def as_received(self, descriptors: Sequence[int]) -> Self:
+        """By the numbers that its descriptors have in the process that they were handed to."""
+        numbers: dict[str, Any] = dict(zip(_DESCRIPTORS, descriptors, strict=True))
+        return replace(self, **numbers)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "options": self.options.to_json()}
@@ -91,19 +99,37 @@ class Channel:
 
         A worker that does not listen for hours fills the socket; then it is not told any more, and missed in time.
         """
+        self.hand(what, (), **fields)
+
+    def hand(self, what: str, descriptors: Sequence[int], **fields: Any) -> None:
+        """As `say`, and the other one gets copies of the descriptors (unix(7), SCM_RIGHTS)."""
+        message = json.dumps({"say": what, **fields}).encode()
         with contextlib.suppress(OSError):
-            self._end.send(json.dumps({"say": what, **fields}).encode(), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+            socket.send_fds(self._end, [message], descriptors, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+
+    def take(self) -> tuple[dict[str, Any] | None, list[int]]:
+        """As `hear`, with the descriptors that were handed with it."""
+        try:
+            message, descriptors, _, _ = socket.recv_fds(
+                self._end, _LARGEST, len(_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionError:
+            return None, []
+        return _understood(message), descriptors
 
     def hear(self) -> dict[str, Any] | None:
         """The next message, waiting for it. None if the other one is gone. What is no message says nothing."""
         try:
-            message = self._end.recv(_LARGEST)
+            return _understood(self._end.recv(_LARGEST))
         except ConnectionError:
             return None
-        if not message:
-            return None
-        try:
-            heard = json.loads(message)
-        except (ValueError, RecursionError):
-            heard = None
-        return heard if isinstance(heard, dict) and isinstance(heard.get("say"), str) else {"say": ""}
+
+
+def _understood(message: bytes) -> dict[str, Any] | None:
+    if not message:
+        return None
+    try:
+        heard = json.loads(message)
+    except (ValueError, RecursionError):
+        heard = None
+    return heard if isinstance(heard, dict) and isinstance(heard.get("say"), str) else {"say": ""}

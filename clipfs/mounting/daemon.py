@@ -1,16 +1,20 @@
 """A mount served in the background: started, and waited for until the root directory answers.
 
 The serving process is a grandchild in a session of its own, so that it is nobody's zombie and no terminal's child. It
-tells its starter three things over a pipe, a line each: who it is, that it is ready, or why it cannot be. The starter
-believes "ready" only after the mounted root has answered. This module knows processes and no FUSE.
+is told what to do over one pipe, and tells its starter three things over another, a line each: who it is, that it is
+ready, or why it cannot be. The starter believes "ready" only after the mounted root has answered. This module knows
+processes and no FUSE.
+
+The process can be started before it is known what to mount: it and its worker then load what they need meanwhile.
 
 From a process of one thread it is forked off, which is fastest. Of a process with more threads, a fork would have their
 locks for ever, taken or not, and all of its memory: there it begins as a new program, ``python -m
-clipfs.mounting.daemon N``, which reads what to do from standard input and tells over descriptor N.
+clipfs.mounting.daemon ORDERS ANSWERS``, which inherits these two descriptors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -22,13 +26,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, NoReturn
+from types import TracebackType
+from typing import IO, Any, NoReturn, Self
 
 from clipfs import errors
 from clipfs import log as logs
 from clipfs.errors import ClipfsError, MountError
-from clipfs.mounting import kernel, mountinfo, service
-from clipfs.mounting.child import known_error, program
+from clipfs.mounting import kernel, mountinfo
+from clipfs.mounting.child import Child, known_error, program
 from clipfs.mounting.options import MountOptions
 from clipfs.state import MountRecord, Process, records, remove_files
 
@@ -42,32 +47,74 @@ _START_SECONDS = 30.0
 _DEATH_SECONDS = 5.0
 
 
+class Standby:
+    """A process that is going to serve a mount. It ends if it is not told what to serve before `close`.
+
+    origin: see `service.serve`.
+    """
+
+    def __init__(self, origin: int | None = None) -> None:
+        ordered, orders = os.pipe()
+        answers, answered = os.pipe()
+        self._orders = open(orders, "wb", buffering=0)  # noqa: SIM115  see close
+        self.answers = open(answers, "rb", buffering=0)  # noqa: SIM115
+        try:
+            if origin is not None or _alone():
+                _fork(ordered, answered, origin)
+            else:
+                _begin_anew(ordered, answered)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            os.close(ordered)
+            os.close(answered)
+
+    def order(self, clip: Path, mountpoint: str, options: MountOptions) -> None:
+        """Have it serve this. Whoever is not there any more to hear it will be missed."""
+        task = {"clip": str(clip), "mountpoint": mountpoint, "options": options.to_json()}
+        with contextlib.suppress(BrokenPipeError):
+            self._orders.write(json.dumps(task).encode() + b"\n")
+
+    def close(self) -> None:
+        """Let go of it; one that has nothing to do has ended then."""
+        if self.answers.closed:
+            return
+        self._orders.close()
+        with self.answers:
+            while kernel.readable([self.answers.fileno()], _DEATH_SECONDS) and self.answers.read(1 << 12):
+                pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
 def start(
     clip: Path,
     mountpoint: str,
     options: MountOptions,
-    origin: int | None = None,
+    standby: Standby | None = None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> Process:
     """Serve `clip` on `mountpoint` from a new process; returns when the root answers, raises what it died of.
 
-    origin: see `service.serve`. meanwhile: called when that process is on its way.
+    standby: that process, if it has been started already. meanwhile: called when it has been told.
     """
     if "trio" in sys.modules and sys.modules["trio"].lowlevel.in_trio_run():
         raise errors.UsageError("mount() blocks; inside of trio call it as `await trio.to_thread.run_sync(mount, …)`")
     device = os.stat(mountpoint).st_dev
     deadline = time.monotonic() + _START_SECONDS
-    reading, writing = os.pipe()
-    with open(reading, "rb") as messages:
-        with open(writing, "wb", buffering=0):
-            if origin is not None or _alone():
-                _fork(clip, mountpoint, options, writing, origin)
-            else:
-                _begin_anew(clip, mountpoint, options, writing)
-        process = Process(**_message(messages, deadline))
+    with standby or Standby() as server:
+        server.order(clip, mountpoint, options)
+        process = Process(**_message(server.answers, deadline))
         try:
             meanwhile()
-            _message(messages, deadline)
+            _message(server.answers, deadline)
             _await_root(mountpoint, device, deadline)
         except BaseException:
             _give_up(process, mountpoint)
@@ -80,23 +127,21 @@ def _alone() -> bool:
     return len(os.listdir("/proc/self/task")) == 1
 
 
-def _fork(clip: Path, mountpoint: str, options: MountOptions, writing: int, origin: int | None) -> None:
+def _fork(orders: int, answers: int, origin: int | None) -> None:
     child = os.fork()
     if child == 0:
-        _serve_and_exit(clip, mountpoint, options, writing, origin)
+        _serve_and_exit(orders, answers, origin)
     os.waitpid(child, 0)
 
 
-def _begin_anew(clip: Path, mountpoint: str, options: MountOptions, writing: int) -> None:
-    """What it is to do is told on standard input: command lines are for everybody to see."""
-    command, environment = program(__name__, writing)
-    task = json.dumps({"clip": str(clip), "mountpoint": mountpoint, "options": options.to_json()}).encode()
+def _begin_anew(orders: int, answers: int) -> None:
+    command, environment = program(__name__, orders, answers)
     try:
         subprocess.run(
             command,
-            input=task,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            pass_fds=[writing],
+            pass_fds=[orders, answers],
             env=environment,
             timeout=_START_SECONDS,
             check=False,  # it has told why, or is missed
@@ -156,44 +201,58 @@ def _give_up(process: Process, mountpoint: str) -> None:
     remove_files(process)
 
 
-def _serve_and_exit(clip: Path, mountpoint: str, options: MountOptions, writing: int, origin: int | None) -> NoReturn:
+def _serve_and_exit(orders: int, answers: int, origin: int | None) -> NoReturn:
     """What the child does. It never returns into the parent's code, whatever happens."""
     code = 1
     try:
         os.setsid()
         if os.fork() != 0:
             os._exit(0)
-        # Above the standard descriptors, which are replaced; it is one of them if the parent had closed its own.
-        code = _serve(clip, mountpoint, options, fcntl.fcntl(writing, fcntl.F_DUPFD_CLOEXEC, 3), origin)
+        # Above the standard descriptors, which are replaced; they are some of them if the parent had closed its own.
+        orders, answers = (fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3) for descriptor in (orders, answers))
+        code = _serve(orders, answers, origin)
     finally:
         os._exit(code)
 
 
-def _serve(clip: Path, mountpoint: str, options: MountOptions, writing: int, origin: int | None) -> int:
+def _serve(orders: int, answers: int, origin: int | None) -> int:
     def say(kind: str, content: object) -> None:
-        os.write(writing, json.dumps([kind, content]).encode() + b"\n")
+        os.write(answers, json.dumps([kind, content]).encode() + b"\n")
 
-    me = Process.current()
-    say("process", {"pid": me.pid, "started": me.started})
+    task: dict[str, Any] = {}
     ready = False
 
     def on_ready(record: MountRecord) -> None:
         nonlocal ready
         say("ready", {})
-        os.close(writing)
+        os.close(answers)
         ready = True
         log.info("serving %s on %s", record.clip, record.mountpoint)
 
     try:
-        _let_go_of_parent(options.log, options.log_format, {writing} if origin is None else {writing, origin})
-        service.serve(clip, mountpoint, options, on_ready, origin)
+        _let_go_of_parent({orders, answers} if origin is None else {orders, answers, origin})
+        worker = Child(origin)
+        # Late, so that the worker loads what it needs at the same time.
+        from clipfs.mounting import service
+
+        with open(orders, "rb") as told:
+            line = told.readline()
+        if not line:
+            worker.destroy()
+            return 0
+        me = Process.current()
+        say("process", {"pid": me.pid, "started": me.started})
+        task = json.loads(line)
+        options = MountOptions.of_json(task["options"])
+        _log_to(options.log, options.log_format)
+        service.serve(Path(task["clip"]), task["mountpoint"], options, on_ready, worker, origin)
     except BaseException as error:
         if not isinstance(error, ClipfsError):
-            log.error("the mount on %s has ended", mountpoint, exc_info=error)
+            log.error("the mount on %s has ended", task.get("mountpoint"), exc_info=error)
         if not ready:
             say("error", _told(error))
         return 1
-    log.info("unmounted %s", mountpoint)
+    log.info("unmounted %s", task["mountpoint"])
     return 0
 
 
@@ -205,7 +264,7 @@ def _told(error: BaseException) -> tuple[str, str]:
     return "MountError", f"a bug in clipfs, please report it: {type(error).__name__}: {error}"
 
 
-def _let_go_of_parent(logfile: Path | None, form: str, keep: set[int]) -> None:
+def _let_go_of_parent(keep: set[int]) -> None:
     """Give up what a fork hands down: directory, signal handlers, ways of logging, and every descriptor."""
     os.chdir("/")
     signal.set_wakeup_fd(-1)
@@ -215,26 +274,30 @@ def _let_go_of_parent(logfile: Path | None, form: str, keep: set[int]) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     logging.getLogger().handlers[:] = [logging.NullHandler()]
     null = os.open(os.devnull, os.O_RDWR)
-    try:
-        out = null if logfile is None else os.open(logfile, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    except OSError as error:
-        raise MountError(f"cannot write to log {logfile}: {error.strerror}") from None
     # Overwritten and not closed: objects of the parent still own these numbers, and one that is collected late would
     # close whatever had got its number since.
     for descriptor in map(int, os.listdir("/proc/self/fd")):
-        if descriptor in (1, 2):
-            os.dup2(out, descriptor)
-        elif descriptor not in {null, out, *keep} and os.path.exists(f"/proc/self/fd/{descriptor}"):
+        if descriptor not in {null, *keep} and os.path.exists(f"/proc/self/fd/{descriptor}"):
             os.dup2(null, descriptor)
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  for as long as the process lives
+
+
+def _log_to(file: Path | None, form: str) -> None:
+    """Have what is written from now on, here and by workers, in that file, or nowhere."""
+    if file is not None:
+        try:
+            out = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise MountError(f"cannot write to log {file}: {error.strerror}") from None
+        for number in (1, 2):
+            os.dup2(out, number)
+        os.close(out)
     logs.to_stream(sys.stderr, logging.INFO, form=form)
 
 
 def main() -> NoReturn:
     """As a new program."""
-    task = json.load(sys.stdin)
-    options = MountOptions.of_json(task["options"])
-    _serve_and_exit(Path(task["clip"]), task["mountpoint"], options, int(sys.argv[1]), None)
+    _serve_and_exit(int(sys.argv[1]), int(sys.argv[2]), None)
 
 
 if __name__ == "__main__":

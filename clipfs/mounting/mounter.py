@@ -19,6 +19,7 @@ from clipfs import state
 from clipfs.blocks.counters import Counters
 from clipfs.errors import MountError
 from clipfs.mounting import daemon, kernel, mountinfo, service
+from clipfs.mounting.daemon import Standby
 from clipfs.mounting.options import MountOptions
 from clipfs.state import MountRecord
 
@@ -89,17 +90,16 @@ def mount(
     mountpoint: Path | str,
     options: MountOptions | None = None,
     *,
-    origin: int | None = None,
+    standby: Standby | None = None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> Mount:
     """Mount the file `clip` on the directory `mountpoint`; returns when its root directory answers.
 
     Processes of its own serve the mount from then on. FormatError if the clip is broken, MountError if it cannot be
-    mounted. origin: for who has changed the mount namespace, a descriptor of that where Python and the rest are.
-    meanwhile: called while those processes start.
+    mounted. standby: those processes, for who has started them already. meanwhile: called while they make the mount.
     """
     path, place = _checked(clip, mountpoint)
-    process = daemon.start(path, place, options or MountOptions(), origin, meanwhile)
+    process = daemon.start(path, place, options or MountOptions(), standby, meanwhile)
     record = next((record for record in state.records() if record.process == process), None)
     if record is None:
         raise MountError(f"mounted on {place}, but it was unmounted at once")

@@ -14,7 +14,6 @@ from clipfs.aside import written_aside
 from clipfs.blocks.counters import Counters
 from clipfs.blocks.journal import Journal
 from clipfs.errors import ClipfsError
-from clipfs.format.container import ITSELF
 from clipfs.format.index import Index
 from clipfs.log import Listener
 from clipfs.mounting import views
@@ -40,16 +39,21 @@ def serve(
     mountpoint: str,
     options: MountOptions,
     on_ready: Callable[[MountRecord], None],
+    worker: Child | None = None,
     origin: int | None = None,
 ) -> None:
     """Mount `clip` on the directory `mountpoint` (as `mountinfo.canonical` spells it) and see to it until the end.
 
     The end comes when somebody unmounts it, or with SIGTERM or SIGINT, which unmount it whoever uses it. `on_ready` is
-    called when the mount is there. No network is used before a read needs it. origin: a descriptor of the mount
-    namespace that this process has come from, for those who do its work.
+    called when the mount is there. No network is used before a read needs it. worker: one that has been started
+    already; it is this function's from now on. origin: a descriptor of the mount namespace that this process has come
+    from, for those who do its work.
     """
     with ExitStack() as stack:
         began = time.monotonic()
+        # It loads what it needs meanwhile.
+        idle = [worker or Child(origin)]
+        stack.callback(_destroy, idle)
         copy = stack.enter_context(checked(clip))
         original = os.open(clip, os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, original)
@@ -76,9 +80,10 @@ def serve(
                 clip=original,
                 counters=files[0],
                 journal=files[1],
+                log=2,
                 view=view,
                 path=str(clip),
-                source=f"{ITSELF}/proc/self/fd/{original}" if source == ITSELF else source,
+                source=source,
                 process=record.process,
                 began=began,
                 level=logging.getLogger().getEffectiveLevel(),
@@ -86,7 +91,9 @@ def serve(
                 xattrs=copy.xattrs,
                 options=options,
             )
-            return Child(job, origin)
+            child = idle.pop() if idle else Child(origin)
+            child.give(job)
+            return child
 
         plan = views.Plan(name, mountpoint, copy.path, options)
         supervisor = Supervisor(views.make(plan, begin, _START_SECONDS), record, begin)
@@ -95,6 +102,11 @@ def serve(
         finally:
             if options.report is not None:
                 _save_report(index, record, counters, options.report)
+
+
+def _destroy(workers: list[Child]) -> None:
+    for worker in workers:
+        worker.destroy()
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from clipfs.blocks.disk import DiskCache
 from clipfs.blocks.journal import Journal
 from clipfs.blocks.reader import BlockReader, Tiers
 from clipfs.errors import ClipfsError
+from clipfs.format.container import ITSELF
 from clipfs.format.index import Index
 from clipfs.log import Listener
 from clipfs.mounting import connection, loop
@@ -63,7 +64,7 @@ class _Session:
     async def serve(self) -> None:
         job, index, options = self._job, self._index, self._job.options
         access = SourceOptions(
-            name=job.source,
+            name=f"{ITSELF}/proc/self/fd/{job.clip}" if job.source == ITSELF else job.source,
             insecure=options.insecure,
             authfile=options.authfile,
             ca=options.ca,
@@ -110,6 +111,7 @@ class _Session:
                         os.write(job.fuse, connection.amended(answer, self._init))
                     os.dup2(job.fuse, place, inheritable=False)
                     self._channel.say("ready")
+                    nursery.start_soon(reader.warm, planned)
                     nursery.start_soon(reader.prefetch, planned, options.prefetch, _AHEAD_AT_ONCE)
                     await pyfuse3.main(max_tasks=_TASKS)
                     # It returns when the kernel has ended the session, or somebody else goes on with it.
