@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -19,6 +19,9 @@ import trio
 from clipfs.errors import ImageError, SourceError
 from clipfs.fields import quoted
 from clipfs.oci import MAX_CONFIG, MAX_MANIFEST, Descriptor, ImageConfig, Manifest, Platform, parse_manifest
+
+#: Takes what has come of something longer.
+Sink = Callable[[bytes], object]
 
 # Index → index → manifest is the deepest that tools make (a layout's index.json, an image's index, its manifest).
 _MAX_NESTING = 4
@@ -73,6 +76,10 @@ class Source(ABC):
     @abstractmethod
     async def read_range(self, blob: Descriptor, start: int, end: int) -> bytes:
         """Exactly the bytes [start, end) of a blob, or SourceError. They are not verified: a range has no digest."""
+
+    async def read_into(self, blob: Descriptor, start: int, end: int, sink: Sink) -> None:
+        """As `read_range`, but each piece is given to `sink` when it comes: in order, and once."""
+        sink(await self.read_range(blob, start, end))
 
     @abstractmethod
     def local(self, blob: Descriptor) -> LocalBlob | None:

@@ -16,7 +16,7 @@ import trio
 from clipfs.errors import SourceError, UsageError
 from clipfs.oci import Manifest
 from clipfs.sources import open_source
-from clipfs.sources.base import Source
+from clipfs.sources.base import Sink, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,15 @@ class Fetcher(ABC):
     """Fetches compressed bytes of layers, by number. An async context manager, at whose end it lets go of what it has
     open, and does not wait for that longer than a few seconds."""
 
-    @abstractmethod
     async def fetch(self, layer: int, start: int, end: int) -> bytes:
         """Bytes [start, end) of the blob of layer `layer`; SourceError if they cannot be had."""
+        data = bytearray()
+        await self.fetch_into(layer, start, end, data.extend)
+        return bytes(data)
+
+    @abstractmethod
+    async def fetch_into(self, layer: int, start: int, end: int, sink: Sink) -> None:
+        """As `fetch`, but each piece is given to `sink` when it comes: in order, and once."""
 
     @abstractmethod
     def distrust(self, layer: int, at: int | None = None) -> None:
@@ -68,9 +74,9 @@ class LayerFetcher(Fetcher):
         self._source: Source | None = None
         self._opening = trio.Lock()
 
-    async def fetch(self, layer: int, start: int, end: int) -> bytes:
-        """See `Fetcher.fetch`."""
-        return await (await self._open()).read_range(self._manifest.layers[layer], start, end)
+    async def fetch_into(self, layer: int, start: int, end: int, sink: Sink) -> None:
+        """See `Fetcher.fetch_into`."""
+        await (await self._open()).read_into(self._manifest.layers[layer], start, end, sink)
 
     def distrust(self, layer: int, at: int | None = None) -> None:
         """See `Fetcher.distrust`."""

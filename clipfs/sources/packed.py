@@ -16,6 +16,7 @@ from clipfs.errors import FormatError, SourceError, UsageError
 from clipfs.fields import quoted
 from clipfs.format.container import ITSELF, Layer, Section
 from clipfs.oci import Manifest
+from clipfs.sources.base import Sink
 from clipfs.sources.fetcher import Fetcher, LayerFetcher, SourceOptions
 from clipfs.sources.place import LocalFile, Place, ReplacedError, is_url
 
@@ -77,13 +78,20 @@ class PackedFetcher(Fetcher):
         self._data: Section | None = None
         self._finding = trio.Lock()
 
-    async def fetch(self, layer: int, start: int, end: int) -> bytes:
-        """Bytes [start, end) of the data; SourceError if they cannot be had."""
+    async def fetch_into(self, layer: int, start: int, end: int, sink: Sink) -> None:
+        """See `Fetcher.fetch_into`; there is one layer, all data."""
         del layer
+        given = 0
+
+        def give(piece: bytes) -> None:
+            nonlocal given
+            given += len(piece)
+            sink(piece)
+
         for again in (True, False):
             data = await self._found()
             try:
-                return await self._place.read(data.offset + start, data.offset + end)
+                return await self._place.read_into(data.offset + start + given, data.offset + end, give)
             except ReplacedError:
                 # By the same, perhaps: servers behind one name may call the same file differently.
                 self._data = None if self._data is data else self._data

@@ -13,6 +13,7 @@ import trio
 
 from clipfs.errors import SourceError
 from clipfs.format.container import HEADER_SIZE, Header
+from clipfs.sources.base import Sink
 
 
 def is_url(name: str) -> bool:
@@ -36,6 +37,10 @@ class Place(ABC):
     @abstractmethod
     async def read(self, start: int, end: int) -> bytes:
         """Exactly these bytes of it. SourceError if they cannot be had, ReplacedError if it is there no more."""
+
+    async def read_into(self, start: int, end: int, sink: Sink) -> None:
+        """As `read`, but each piece is given to `sink` when it comes: in order, and once."""
+        sink(await self.read(start, end))
 
     def distrust(self) -> None:  # noqa: B027 - a file is read in one way only
         """What came last was wrong: take another way to it, if there is one."""

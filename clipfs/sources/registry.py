@@ -19,7 +19,7 @@ import trio
 from clipfs.errors import ImageError
 from clipfs.oci import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST, Descriptor, Digest, Manifest, Platform, Reference
 from clipfs.sources import mirrors
-from clipfs.sources.base import Document, LocalBlob, Source, check_range
+from clipfs.sources.base import Document, LocalBlob, Sink, Source, check_range
 from clipfs.sources.retry import FAILURES, Deadlines, Server, Transient, Turns, persist
 from clipfs.sources.transport import Transport
 
@@ -93,24 +93,31 @@ class RegistrySource(Source):
                 return
 
     async def read_range(self, blob: Descriptor, start: int, end: int) -> bytes:
-        """See `Source.read_range`. What has come stays when a connection breaks, and the rest is asked for."""
+        """See `Source.read_range`."""
+        data = bytearray()
+        await self.read_into(blob, start, end, data.extend)
+        return bytes(data)
+
+    async def read_into(self, blob: Descriptor, start: int, end: int, sink: Sink) -> None:
+        """See `Source.read_into`. What has come stays when a connection breaks, and the rest is asked for."""
         check_range(blob, start, end)
         if start == end:
-            return b""
-        data = bytearray()
+            return
+        at = start
         turns = await self._turns(_what(blob), end - start)
 
         async def attempt(site: _Site) -> None:
+            nonlocal at
             async with (
-                _blob(site, blob, start + len(data), end) as response,
-                aclosing(_exactly(response, start + len(data), end, blob)) as chunks,
+                _blob(site, blob, at, end) as response,
+                aclosing(_exactly(response, at, end, blob)) as chunks,
             ):
-                self._served.append(_Served(blob.digest, start + len(data), end, site))
+                self._served.append(_Served(blob.digest, at, end, site))
                 async for chunk in chunks:
-                    data.extend(chunk)
+                    at += len(chunk)
+                    sink(chunk)
 
         await persist(turns, attempt)
-        return bytes(data)
 
     async def stream(self, blob: Descriptor) -> AsyncGenerator[bytes, None]:
         """See `Source.stream`. A broken connection is taken up again where it broke."""

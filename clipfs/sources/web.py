@@ -16,6 +16,7 @@ import trio
 from clipfs.errors import FormatError, SourceError, UsageError
 from clipfs.format.container import HEADER_SIZE, PACKED, Header, Kind, Section
 from clipfs.sources.auth import is_loopback
+from clipfs.sources.base import Sink
 from clipfs.sources.fetcher import SourceOptions
 from clipfs.sources.place import Place, ReplacedError
 from clipfs.sources.retry import Deadlines, Server, Transient, Turns, persist
@@ -96,30 +97,39 @@ class WebFile(Place):
 
     async def header(self) -> Header:
         """See `Place.header`."""
-        self.head, self._version = await self._read(0, HEADER_SIZE, None)
+        head = bytearray()
+        self._version = await self._read(0, HEADER_SIZE, None, head.extend)
+        self.head = bytes(head)
         return Header.parse(self.head, self.name, self._version.size)
 
     async def read(self, start: int, end: int) -> bytes:
         """See `Place.read`."""
-        if start == end:
-            return b""
-        return (await self._read(start, end, self._version))[0]
+        data = bytearray()
+        await self.read_into(start, end, data.extend)
+        return bytes(data)
 
-    async def _read(self, start: int, end: int, version: _Version | None) -> tuple[bytes, _Version]:
-        """The bytes, and the version that they are of: this one, if one is given."""
-        wanted = {"Range": f"bytes={start}-{end - 1}"} | (version.unless_replaced if version else {})
+    async def read_into(self, start: int, end: int, sink: Sink) -> None:
+        """See `Place.read_into`. What has come stays when a connection breaks, and the rest is asked for."""
+        if start != end:
+            await self._read(start, end, self._version, sink)
 
-        async def attempt(_: Server) -> tuple[bytes, _Version]:
+    async def _read(self, start: int, end: int, version: _Version | None, sink: Sink) -> _Version:
+        """The version that the bytes are of: this one, if one is given."""
+        at = start
+
+        async def attempt(_: Server) -> _Version:
+            nonlocal at, version
+            wanted = {"Range": f"bytes={at}-{end - 1}"} | (version.unless_replaced if version else {})
             async with self._transport.get(self._path, wanted, what=self.name, remember=_DATA) as response:
-                found = self._believed(response, start, end, version)
-                data = bytearray()
+                version = self._believed(response, at, end, version)
                 async for piece in response.aiter_raw():
-                    data += piece
-                    if len(data) > end - start:
+                    at += len(piece)
+                    if at > end:
                         raise SourceError(f"{self._host} sent more of {self.name} than it was asked for")
-            if len(data) < end - start:
-                raise Transient(f"the connection ended {end - start - len(data)} bytes early")
-            return bytes(data), found
+                    sink(piece)
+            if at < end:
+                raise Transient(f"the connection ended {end - at} bytes early")
+            return version
 
         return await persist(Turns([self._server], self.name, end - start, self._deadlines), attempt)
 
