@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import tracemalloc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 
+from clipfs.blocks import frames, link
 from clipfs.blocks.counters import Counters
 from clipfs.blocks.flight import RANGE
 from clipfs.blocks.plan import BLOCK
@@ -19,7 +21,7 @@ from clipfs.blocks.reader import BlockReader, Tiers
 from clipfs.errors import ClipfsError, FormatError, IntegrityError, SourceError
 from clipfs.format.container import Codec
 from tests.images import Compression, compress
-from tests.streams import KB, MB, mixed, noise
+from tests.streams import KB, MB, mixed, noise, scanned
 from tests.views import FakeFetcher, FakeIndex, Spans, View, flipped, places, raising
 
 SECONDS = 20
@@ -36,6 +38,12 @@ def index() -> FakeIndex:
 @pytest.fixture
 def fetcher(index: FakeIndex) -> FakeFetcher:
     return FakeFetcher(index)
+
+
+@pytest.fixture(autouse=True)
+def near(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow this machine is: nothing that a test counts is asked for because its source seems to be far away."""
+    monkeypatch.setattr(link, "_FAR", math.inf)
 
 
 @asynccontextmanager
@@ -75,6 +83,27 @@ class TestReads:
         assert len(fetcher.ranges) == -(-len(GZIP.blob) // RANGE) < SPANS
         assert all(end - start <= RANGE for _, start, end in fetcher.ranges)
         assert reader.counters.asdict()["spans_decoded"] == SPANS
+
+    async def test_frames_that_are_done_make_room_for_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever the order in which they are read to their ends, nothing is fetched twice for want of room."""
+        monkeypatch.setitem(frames._OPEN, Codec.GZIP, 2)
+        blob = compress(PLAIN, "gzip")
+        spans = Spans(scanned(blob, 512 * KB, Codec.GZIP, pieces=4)[1])
+        layer = View(spans, Codec.GZIP, blob, PLAIN)
+        several = sorted({spans.frame(at) for at in range(len(spans)) if len(spans.frame(at)) > 1}, key=lambda r: -r[0])
+        assert len(several) > 3
+        index = FakeIndex([layer])
+        fetcher = FakeFetcher(index)
+        async with reading(index, fetcher) as reader:
+            kept = several.pop()
+            await reader.read(spans[kept[0]].position, 10)
+            for frame in several:
+                first, last = spans[frame[0]], spans[frame[-1]]
+                await reader.read(first.position, last.position + last.length - first.position)
+            fetcher.ranges.clear()
+            at = spans[kept[1]].position
+            assert await reader.read(at, 10) == PLAIN[at : at + 10]
+        assert fetcher.ranges == [(0, spans[kept[0]].end, spans[kept[1]].end)], "it is decoded on from where it was"
 
     @pytest.mark.parametrize("how", ["none", "gzip", "pigz", "multi-gzip", "zstd", "zstd-frames"])
     @pytest.mark.parametrize("memory", [0, MB, 64 * MB])
@@ -225,6 +254,98 @@ class TestSharing:
 
         with pytest.raises(ZeroDivisionError):
             await body()
+
+
+class TestFurther:
+    """What lies behind a span that somebody waits for comes with it from far away, and keeps nobody waiting."""
+
+    @pytest.fixture(autouse=True)
+    def far(self, near: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        """50 ms, and as much as the two next spans take."""
+        room = GZIP.spans[2].end - GZIP.spans[0].end
+        monkeypatch.setattr(link, "_FAR", -1)
+        monkeypatch.setattr(link, "_SECONDS", math.inf)
+        monkeypatch.setattr(link, "_MOST", room)
+
+    @pytest.fixture
+    async def reader(self, index: FakeIndex, fetcher: FakeFetcher) -> AsyncIterator[BlockReader]:
+        async with reading(index, fetcher) as reader:
+            reader.flights._carrier.link.note(MB, 0.05, 0.1)
+            yield reader
+
+    async def test_it_comes_in_the_same_range(self, reader: BlockReader, fetcher: FakeFetcher) -> None:
+        assert await reader.read(0, 10) == PLAIN[:10]
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert fetcher.ranges == [(0, GZIP.spans[0].start, GZIP.spans[2].end)]
+        at = GZIP.spans[2].position
+        assert reader.try_read(at, 100) == PLAIN[at : at + 100]
+        assert list(reader.wanted) == [(0, 0), (0, 2)]
+        numbers = reader.counters.asdict()
+        assert numbers["bytes_fetched"] == GZIP.spans[2].end - GZIP.spans[0].start
+        assert numbers["bytes_ahead"] == GZIP.spans[2].end - GZIP.spans[0].end
+
+    async def test_nobody_waits_for_it(
+        self, reader: BlockReader, fetcher: FakeFetcher, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rest = trio.Event()
+
+        async def slow(layer: int, start: int, end: int, sink: Callable[[bytes], object]) -> None:
+            here = GZIP.spans[0].end
+            sink(GZIP.blob[start:here])
+            await rest.wait()
+            sink(GZIP.blob[here:end])
+
+        monkeypatch.setattr(fetcher, "fetch_into", slow)
+        assert await reader.read(0, 10) == PLAIN[:10]
+        at = GZIP.spans[1].position
+        assert reader.try_read(at, 10) is None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reader.read, at, 10)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            rest.set()
+        assert reader.try_read(at, 10) == PLAIN[at : at + 10]
+
+    async def test_its_failure_is_not_theirs(
+        self, reader: BlockReader, fetcher: FakeFetcher, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def broken(layer: int, start: int, end: int, sink: Callable[[bytes], object]) -> None:
+            sink(GZIP.blob[start : GZIP.spans[0].end + 5])
+            raise SourceError("the registry is away")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fetcher, "fetch_into", broken)
+            assert await reader.read(0, 10) == PLAIN[:10]
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        at = GZIP.spans[1].position
+        assert await reader.read(at, 10) == PLAIN[at : at + 10], "asked for again"
+
+    async def test_what_is_here_or_coming_is_not_asked_for(self, reader: BlockReader, fetcher: FakeFetcher) -> None:
+        at = GZIP.spans[2].position
+        await reader.read(at, 10)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        fetcher.gate = trio.Event()
+        fetcher.ranges.clear()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reader.read, 0, 10)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(reader.read, GZIP.spans[1].position, 10)
+            await trio.testing.wait_all_tasks_blocked()
+            fetcher.gate.set()
+        assert fetcher.ranges == [(0, GZIP.spans[0].start, GZIP.spans[1].end)]
+
+    async def test_a_damaged_index_behind_it_is_not_theirs(self, fetcher: FakeFetcher) -> None:
+        class Broken(Spans):
+            def __getitem__(self, number):  # type: ignore[no-untyped-def]
+                if number == 1:
+                    raise FormatError("the index is damaged: span 1")
+                return super().__getitem__(number)
+
+        layer = View.raw(noise(10_000), (1000,))
+        layer.spans = Broken(layer.spans)
+        index = FakeIndex([layer])
+        async with reading(index, FakeFetcher(index)) as reader:
+            reader.flights._carrier.link.note(MB, 0.05, 0.1)
+            assert await reader.read(0, 10) == layer.plain[:10]
 
 
 class TestFailures:

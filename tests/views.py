@@ -101,6 +101,9 @@ class FakeFetcher:
         #: What becomes of the next answers; each is used once.
         self.changes: list[Callable[[bytes], bytes]] = []
 
+    async def fetch_into(self, layer: int, start: int, end: int, sink: Callable[[bytes], object]) -> None:
+        sink(await self.fetch(layer, start, end))
+
     async def fetch(self, layer: int, start: int, end: int) -> bytes:
         self.ranges.append((layer, start, end))
         await self.gate.wait()

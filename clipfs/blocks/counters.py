@@ -87,12 +87,11 @@ class Counters:
         """An attempt at a source failed, and another one is made."""
         self._numbers[14] += 1
 
-    def fetched(self, length: int, *, ahead: bool = False) -> None:
-        """A range of compressed bytes came."""
+    def fetched(self, length: int, *, ahead: int = 0) -> None:
+        """A range of compressed bytes came; ahead: how many of them before anybody waited for them."""
         self._numbers[2] += 1
         self._numbers[3] += length
-        if ahead:
-            self._numbers[9] += length
+        self._numbers[9] += ahead
 
     def decoded(self, length: int) -> None:
         """A span was decoded to this many bytes and verified."""

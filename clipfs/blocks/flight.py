@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Protocol
 
@@ -12,8 +12,8 @@ import trio
 from clipfs.format.container import Span
 
 # Neighbouring spans are fetched as one range up to this many compressed bytes. A request costs a millisecond of CPU
-# time, so there are to be several spans in it; but none is decoded before the last has come. Over 100 MB/s, with two
-# cores, a large file came a fifth faster than with 1 MiB, and than with 8.
+# time, so there are to be several spans in it. Over 100 MB/s, with two cores, a large file came a fifth faster than with
+# 1 MiB, and than with 8.
 RANGE = 2 << 20
 
 # What may lie between neighbours: a gzip footer and the next member's header, with room for a name.
@@ -23,19 +23,23 @@ _GAP = 4 << 10
 class SpanFetcher(Protocol):
     """Where compressed bytes come from."""
 
-    async def fetch(self, layer: int, start: int, end: int) -> bytes:
-        """Bytes [start, end) of the blob of layer number `layer`. ClipfsError if they cannot be had."""
+    async def fetch_into(self, layer: int, start: int, end: int, sink: Callable[[bytes], object]) -> None:
+        """Give bytes [start, end) of the blob of layer number `layer` to `sink`, each piece when it comes, in order and
+        once. ClipfsError if they cannot be had."""
 
     def distrust(self, layer: int, at: int | None = None) -> None:
         """What came of this layer, from the compressed byte `at` on, was wrong: take another way next time."""
 
 
 class Flight:
-    """A span under way. Everybody who needs it waits here; it ends with its blocks or with an error."""
+    """A span under way. Everybody who needs it waits here; it ends with its blocks or with an error.
 
-    def __init__(self, layer: int, number: int, span: Span, forward: bool) -> None:
+    forward: is it one of several of a frame? wanted: did somebody wait for it when it was asked for?
+    """
+
+    def __init__(self, layer: int, number: int, span: Span, *, forward: bool, wanted: bool) -> None:
         self.layer, self.number, self.span = layer, number, span
-        self.forward = forward  # one of several spans of a zstd frame
+        self.forward, self.wanted = forward, wanted
         self._blocks: list[bytes] = []
         self._error: Exception | None = None
         self._landed = trio.Event()
@@ -67,7 +71,7 @@ def neighbours(flights: list[Flight]) -> list[list[Flight]]:
     groups: list[list[Flight]] = []
     for flight in flights:
         group = groups[-1] if groups else []
-        if group and _together(group[0], group[-1], flight):
+        if group and together(group[0], group[-1], flight):
             group.append(flight)
         else:
             groups.append([flight])
@@ -80,7 +84,8 @@ def of_each_frame(group: list[Flight]) -> Iterator[list[Flight]]:
         yield list(flights)
 
 
-def _together(first: Flight, last: Flight, flight: Flight) -> bool:
+def together(first: Flight, last: Flight, flight: Flight) -> bool:
+    """May a range that goes from one flight to another go on to a third?"""
     if last.layer != flight.layer or last.number >= flight.number:
         return False
     start, end = flight.span.start, flight.span.end

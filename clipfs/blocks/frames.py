@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from clipfs.blocks.arrival import Arrival
 from clipfs.blocks.plan import LayerView, Spans, blocks_of
 from clipfs.compression.codec import Forward
 from clipfs.format.container import Codec
@@ -34,6 +35,11 @@ class Frame:
         self._next = self._numbers.start
         self._forward = Forward(self._codec, self._spans[self._next])
 
+    @property
+    def done(self) -> bool:
+        """Is it decoded to its end? Then it is of no more use."""
+        return self._next == self._numbers.stop
+
     def next(self, first: int, last: int, most: int) -> tuple[range, int, int]:
         """What to decode for spans `first` to `last`, or for the first of them if all need much more than `most`
         compressed bytes: spans, and the bytes [start, end) that they need. It begins where decoding has come to."""
@@ -45,6 +51,17 @@ class Frame:
             end = self._spans[stop].end
             stop += 1
         return range(self._next, stop), start, end
+
+    async def parts(self, numbers: range, start: int, arrival: Arrival) -> AsyncIterator[tuple[range, memoryview]]:
+        """What to decode next of the spans `numbers`, whose bytes begin at `start`: all whose bytes have come."""
+        while numbers:
+            await arrival.bytes(start, self._spans[numbers.start].end)
+            here = 1
+            while here < len(numbers) and self._spans[numbers[here]].end <= arrival.come:
+                here += 1
+            end = self._spans[numbers[here - 1]].end
+            yield numbers[:here], await arrival.bytes(start, end)
+            numbers, start = numbers[here:], end
 
     def decode(self, data: bytes | memoryview, numbers: range) -> list[tuple[int, list[bytes]]]:
         """In a thread: the blocks of these spans, from the bytes that `next` asked for."""
@@ -89,3 +106,5 @@ class Frames:
             opened.popitem(last=False)
         async with frame.lock:
             yield frame
+            if frame.done and opened.get(key) is frame:
+                del opened[key]

@@ -1,0 +1,183 @@
+"""Spans brought: a range fetched, and each span in it decoded when its bytes are here, whatever else is to come.
+
+Bytes reach anybody only through `codec`, which verifies them. Who waits for a span, and which are fetched together,
+`flights` knows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+
+import trio
+
+from clipfs.blocks.arrival import Arrival
+from clipfs.blocks.counters import Counters
+from clipfs.blocks.disk import Claim, DiskCache
+from clipfs.blocks.flight import RANGE, Flight, SpanFetcher, of_each_frame
+from clipfs.blocks.frames import Frame, Frames
+from clipfs.blocks.journal import Journal
+from clipfs.blocks.keeper import Keeper
+from clipfs.blocks.link import Link
+from clipfs.blocks.plan import LayerView, blocks_of
+from clipfs.compression.codec import MAX_FETCH, decode
+from clipfs.errors import FormatError, IntegrityError
+from clipfs.format.container import Codec, Span
+
+
+class Carrier:
+    """Brings spans of these layers.
+
+    land: told of each that is here, also of those that decoding passes. fail: told of those that cannot be had. keeper:
+    writes what was brought to `disk`. decoders: how many threads decode.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerView],
+        fetcher: SpanFetcher,
+        *,
+        land: Callable[[int, int, list[bytes]], None],
+        fail: Callable[[Iterable[Flight], Exception], None],
+        keeper: Keeper,
+        disk: DiskCache | None,
+        decoders: trio.CapacityLimiter,
+        counters: Counters,
+        journal: Journal,
+    ) -> None:
+        self._layers, self._fetcher = layers, fetcher
+        self._land, self._fail = land, fail
+        self._keeper, self._disk, self._decoders = keeper, disk, decoders
+        self._counters, self._journal = counters, journal
+        self.frames = Frames(layers)
+        self.link = Link()
+
+    async def bring(self, group: list[Flight], claims: dict[int, Claim], why: str) -> None:
+        """Fetch spans that lie together as one range, and decode them: those of one frame one after the other."""
+        jobs: list[tuple[int, int, Callable[[Arrival], Awaitable[None]]]] = []
+        async with AsyncExitStack() as stack:
+            for flights in of_each_frame(group):
+                if not flights[0].forward:
+                    span = flights[0].span
+                    jobs.append((span.start, span.end, partial(self._decode, flights[0], claims, why)))
+                    continue
+                # In ascending order, so that no two who take several wait for each other.
+                frame = await stack.enter_async_context(self.frames.at(flights[0].layer, flights[0].number))
+                missing = [flight for flight in flights if not flight.landed]
+                if missing:
+                    numbers, start, end = frame.next(missing[0].number, missing[-1].number, RANGE)
+                    job = partial(self._decode_forward, frame, missing, numbers, start, claims, why)
+                    jobs.append((start, end, job))
+            if not jobs:
+                return
+            layer, start, end = group[0].layer, min(start for start, _, _ in jobs), max(end for _, end, _ in jobs)
+            arrival = _expected(layer, start, end)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._fetch, arrival, group, why)
+                for _, _, decode_it in jobs:
+                    nursery.start_soon(decode_it, arrival)
+
+    async def _fetch(self, arrival: Arrival, group: list[Flight], why: str) -> None:
+        """Have these bytes come. An error is for those who wait for them."""
+        layer, began = group[0].layer, time.monotonic()
+        try:
+            await self._fetcher.fetch_into(layer, arrival.start, arrival.end, arrival.add)
+        except Exception as error:  # noqa: BLE001  raised again by everybody who waits
+            arrival.close(error)
+            return
+        arrival.close()
+        size, seconds = arrival.come - arrival.start, time.monotonic() - began
+        wanted = max((flight.span.end for flight in group if flight.wanted), default=0)
+        self.link.note(size, min(arrival.delay, seconds), seconds)
+        self._counters.fetched(size, ahead=min(size, max(0, arrival.come - wanted)))
+        self._journal.fetched(layer, group[0].number, group[-1].number, size, seconds, why)
+
+    async def _fetched(self, group: list[Flight], start: int, end: int, why: str) -> Arrival:
+        """These bytes once more, or more of them, all here or failed."""
+        arrival = _expected(group[0].layer, start, end)
+        await self._fetch(arrival, group, why)
+        return arrival
+
+    async def _decode(self, flight: Flight, claims: dict[int, Claim], why: str, arrival: Arrival) -> None:
+        try:
+            try:
+                blocks = await self._decoded(flight, arrival)
+            except IntegrityError as error:
+                # The source sent something else. It may not do so twice, and another one may be better.
+                self._distrust(flight.layer, flight.number, error)
+                again = await self._fetched([flight], flight.span.start, flight.span.end, why)
+                blocks = await self._decoded(flight, again)
+        except Exception as error:  # noqa: BLE001  raised again by everybody who waits
+            self._fail([flight], error)
+            return
+        self._land(flight.layer, flight.number, blocks)
+        if flight.number in claims:
+            await self._keeper.keep(claims.pop(flight.number), blocks)
+
+    def _distrust(self, layer: int, number: int, error: IntegrityError) -> None:
+        self._counters.refetched()
+        self._journal.refetched(layer, number, str(error))
+        self._fetcher.distrust(layer, self._layers[layer].spans[number].start)
+
+    async def _decoded(self, flight: Flight, arrival: Arrival) -> list[bytes]:
+        codec, span = self._layers[flight.layer].codec, flight.span
+        data = await arrival.bytes(span.start, span.end)
+        blocks = await trio.to_thread.run_sync(_decode, codec, span, data, limiter=self._decoders)
+        self._counters.decoded(flight.span.length)
+        return blocks
+
+    async def _decode_forward(
+        self,
+        frame: Frame,
+        flights: list[Flight],
+        numbers: range,
+        start: int,
+        claims: dict[int, Claim],
+        why: str,
+        arrival: Arrival,
+    ) -> None:
+        """Spans of one frame, whose lock we have. Those that decoding passes on its way land too, or are kept.
+
+        The frame needs the bytes from `start` on for spans `numbers`, which come in `arrival`; more are fetched.
+        """
+        layer, last, distrusted = flights[0].layer, flights[-1].number, False
+        try:
+            while True:
+                try:
+                    async for part, data in frame.parts(numbers, start, arrival):
+                        found = await trio.to_thread.run_sync(frame.decode, data, part, limiter=self._decoders)
+                        for number, blocks in found:
+                            self._counters.decoded(sum(map(len, blocks)))
+                            await self._passed(layer, number, blocks, claims.pop(number, None))
+                except IntegrityError as error:
+                    # As above; only that the frame has to be decoded from its beginning again.
+                    if distrusted:
+                        raise
+                    distrusted = True
+                    self._distrust(layer, numbers.start, error)
+                missing = [flight for flight in flights if not flight.landed]
+                if not missing:
+                    return
+                numbers, start, end = frame.next(missing[0].number, last, RANGE)
+                arrival = await self._fetched(missing, start, end, why)
+        except Exception as error:  # noqa: BLE001  raised again by everybody who waits
+            self._fail(flights, error)
+
+    async def _passed(self, layer: int, number: int, blocks: list[bytes], claim: Claim | None) -> None:
+        self._land(layer, number, blocks)
+        if claim is not None:
+            await self._keeper.keep(claim, blocks)
+        elif self._disk is not None:
+            await self._keeper.keep_unclaimed(self._disk, self._layers[layer].spans.digest(number), blocks)
+
+
+def _expected(layer: int, start: int, end: int) -> Arrival:
+    if not 0 <= end - start <= MAX_FETCH:
+        raise FormatError(f"the index is damaged: bytes {start} to {end} of layer {layer} are no range to fetch")
+    return Arrival(start, end)
+
+
+def _decode(codec: Codec, span: Span, data: memoryview) -> list[bytes]:
+    return blocks_of(decode(codec, span, data))
