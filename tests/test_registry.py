@@ -54,6 +54,9 @@ class TestReal:
                 whole = await there.read_range(blob, 0, blob.size)
                 assert await source.read_range(blob, 0, blob.size) == whole
                 assert await source.read_range(blob, 7, 1000) == whole[7:1000]
+                sunk: list[bytes] = []
+                await source.read_into(blob, 7, 1000, sunk.append)
+                assert b"".join(sunk) == whole[7:1000]
                 assert await source.read_range(blob, blob.size - 1, blob.size) == whole[-1:]
                 assert b"".join([chunk async for chunk in source.stream(blob)]) == whole
                 assert source.local(blob) is None

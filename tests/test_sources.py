@@ -59,6 +59,9 @@ async def layers_of(source: Source) -> list[bytes]:
     for blob in image.manifest.layers:
         whole = await source.read_range(blob, 0, blob.size)
         assert b"".join([piece async for piece in source.stream(blob)]) == whole
+        sunk: list[bytes] = []
+        await source.read_into(blob, 3, blob.size, sunk.append)
+        assert b"".join(sunk) == whole[3:]
         ranges = [(start, min(start + 7, blob.size)) for start in range(0, blob.size, 7)]
         assert b"".join([await source.read_range(blob, *each) for each in ranges[:20]]) == whole[: 7 * 20]
         place = source.local(blob)
@@ -187,6 +190,18 @@ class TestLayout:
                 with pytest.raises(IntegrityError, match="damaged or forged"):
                     await source.image()
                 path.write_bytes(data)
+
+    async def test_a_long_range_comes_in_pieces(self, tmp_path: Path) -> None:
+        plain = os.urandom(3 << 20)
+        name = LayoutBuilder(tmp_path).layer(tars.Tar().member("f", plain), "none").config().write()
+        async with open_source(name) as source:
+            [blob] = (await source.image()).manifest.layers
+            pieces: list[bytes] = []
+            await source.read_into(blob, 512, 512 + (3 << 20), pieces.append)
+            assert len(pieces) == 3
+            assert b"".join(pieces) == plain
+            with pytest.raises(SourceError):
+                await source.read_into(blob, 0, blob.size + 1, pieces.append)
 
     async def test_links_out_of_the_layout_are_refused(self, layout: Path, tmp_path: Path) -> None:
         async with open_source(f"oci:{layout}") as source:

@@ -28,7 +28,7 @@ from clipfs.errors import ClipfsError
 # Ranges under way at once, for those who wait and for those who may want them later. Each holds its compressed and
 # decoded bytes in memory.
 _RANGES = 8
-_RANGES_AHEAD = 4
+_RANGES_AHEAD = 3
 
 # Seconds to wait for another process that fetches the same span. It may be slow, or stopped; then both fetch it.
 _PATIENCE = 30

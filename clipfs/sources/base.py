@@ -147,6 +147,11 @@ class LocalSource(Source):
         # Abandoning is safe: the thread owns its descriptor and nobody sees what it read.
         return await trio.to_thread.run_sync(self._read, blob, start, end, abandon_on_cancel=True)
 
+    async def read_into(self, blob: Descriptor, start: int, end: int, sink: Sink) -> None:
+        """See `Source.read_into`."""
+        for at in range(start, end, _PIECE):
+            sink(await self.read_range(blob, at, min(at + _PIECE, end)))
+
     async def stream(self, blob: Descriptor) -> AsyncGenerator[bytes, None]:
         """See `Source.stream`."""
         for start in range(0, blob.size, _PIECE):
@@ -179,10 +184,10 @@ def read_file(path: Path, offset: int, length: int) -> bytes:
         try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise SourceError(f"{path} is not a regular file")
-            data = bytearray()
+            data = os.pread(handle, length, offset)
             while len(data) < length and (piece := os.pread(handle, length - len(data), offset + len(data))):
                 data += piece
-            return bytes(data)
+            return data
         finally:
             os.close(handle)
     except OSError as error:

@@ -15,6 +15,9 @@ from clipfs.errors import SourceError
 from clipfs.format.container import HEADER_SIZE, Header
 from clipfs.sources.base import Sink
 
+# A long range is read in pieces of this many bytes, so that memory stays flat.
+_PIECE = 1 << 20
+
 
 def is_url(name: str) -> bool:
     """Whether `name` is where a web server has something, and neither a file nor an image."""
@@ -70,14 +73,19 @@ class LocalFile(Place):
             raise SourceError(f"{self.name} ends before byte {end}; it was cut off since it was opened")
         return data
 
+    async def read_into(self, start: int, end: int, sink: Sink) -> None:
+        """See `Place.read_into`."""
+        for at in range(start, end, _PIECE):
+            sink(await self.read(at, min(at + _PIECE, end)))
+
     def _read(self, start: int, end: int) -> bytes:
-        data = bytearray()
+        data = b""
         try:
             while piece := os.pread(self._file.fileno(), end - start - len(data), start + len(data)):
                 data += piece
         except OSError as error:
             raise SourceError(f"cannot read {self.name}: {error.strerror}") from error
-        return bytes(data)
+        return data
 
     async def aclose(self) -> None:
         """See `Place.aclose`."""
