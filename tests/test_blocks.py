@@ -333,6 +333,12 @@ class TestFurther:
             fetcher.gate.set()
         assert fetcher.ranges == [(0, GZIP.spans[0].start, GZIP.spans[1].end)]
 
+    async def test_not_if_there_is_no_room_for_it(self, index: FakeIndex, fetcher: FakeFetcher) -> None:
+        async with reading(index, fetcher, memory=8 * MB) as reader:
+            reader.flights._carrier.link.note(MB, 0.05, 0.1)
+            await reader.read(0, 10)
+        assert fetcher.ranges == [(0, GZIP.spans[0].start, GZIP.spans[0].end)]
+
     async def test_a_damaged_index_behind_it_is_not_theirs(self, fetcher: FakeFetcher) -> None:
         class Broken(Spans):
             def __getitem__(self, number):  # type: ignore[no-untyped-def]

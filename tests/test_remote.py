@@ -128,7 +128,7 @@ def test_everything_read_is_the_image(remote: Remote, demo_unpacked: Path, mount
     settings = clipfs.MountOptions(cache=256 << 20, cache_size=0, prefetch="none", **remote.access)
     with clipfs.mount(remote.clip, mountpoint, settings) as mount:
         assert differences(picture(mountpoint), picture(demo_unpacked)) == []
-        assert mount.counters()["bytes_fetched"] < image * 1.001
+        assert mount.counters()["bytes_fetched"] < image * 1.01
 
 
 def test_an_index_outlives_its_tag(remote: Remote, demo_image: str, mountpoint: Path, tmp_path: Path) -> None:

@@ -195,11 +195,11 @@ def test_others_look_in_only_if_the_machine_s_owner_lets_them(home: Path) -> Non
         # Not even root may look into the mount of somebody who could make it hang.
         mount="$nobody $python -m clipfs mount small.clip home/mnt"
         $mount && cat home/mnt/hello 2>&1
-        $nobody umount home/mnt
+        $nobody "$python" -m clipfs umount home/mnt
         $mount -o allow_other; echo $?
         echo user_allow_other > fuse.conf && mount --bind fuse.conf /etc/fuse.conf
         $mount -o allow_other && cat home/mnt/hello
-        $nobody umount home/mnt
+        $nobody "$python" -m clipfs umount home/mnt
         """,
     )
     assert done.stdout == "cat: home/mnt/hello: Permission denied\n32\nhello\n"

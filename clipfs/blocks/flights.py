@@ -30,6 +30,9 @@ from clipfs.errors import ClipfsError
 _RANGES = 8
 _RANGES_AHEAD = 3
 
+# Without a cache on disk, what nobody has asked for is fetched only if memory has so many bytes to keep it in.
+_ROOMY = 16 << 20
+
 # Seconds to wait for another process that fetches the same span. It may be slow, or stopped; then both fetch it.
 _PATIENCE = 30
 
@@ -124,7 +127,9 @@ class Flights:
     def _further(self, group: list[Flight]) -> Iterator[Flight]:
         """What lies behind spans that somebody waits for, as far as the link makes it worth while. Nobody waits longer
         for that: spans are decoded when their bytes have come."""
-        last, room = group[-1], self._carrier.link.further if group[-1].wanted else 0
+        last = group[-1]
+        kept = self._disk is not None or self._memory.limit >= _ROOMY
+        room = self._carrier.link.further if last.wanted and kept else 0
         for number in range(last.number + 1, len(self._layers[last.layer].spans)):
             flight = self._flight(last.layer, number, wanted=False)
             room -= flight.span.end - max(last.span.end, flight.span.start)

@@ -26,6 +26,8 @@ _CONNECTIONS = 16
 _LIMITS = httpx2.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS)
 # Bytes that are taken from a connection at once, if they are there.
 _AT_ONCE = 256 << 10
+# More than the client takes for the head of an answer, which is 100 KiB.
+_LARGEST_HEAD = 128 << 10
 # Ranges count bytes as they are stored; a compressed answer would have other ones.
 _HEADERS = {"Accept-Encoding": "identity", "User-Agent": "clipfs"}
 
@@ -136,15 +138,23 @@ class _Backend(httpcore2.AsyncNetworkBackend):
 
 
 class _Stream(httpcore2.AsyncNetworkStream):
-    """Takes as much as has come: the client asks for 64 KiB, and each time costs it a tenth of a millisecond."""
+    """Takes as much as has come: the client asks for 64 KiB, and each time costs it a tenth of a millisecond.
+
+    But not of the beginning of an answer. The client refuses a head that is too large when some of it has yet to come.
+    """
 
     def __init__(self, stream: httpcore2.AsyncNetworkStream) -> None:
         self._stream = stream
+        self._come = 0  # bytes since something was sent
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109  as httpcore2 has it
-        return await self._stream.read(max(max_bytes, _AT_ONCE), timeout)
+        most = max(max_bytes, _AT_ONCE) if self._come > _LARGEST_HEAD else max_bytes
+        data = await self._stream.read(most, timeout)
+        self._come += len(data)
+        return data
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109  as httpcore2 has it
+        self._come = 0
         await self._stream.write(buffer, timeout)
 
     async def aclose(self) -> None:
