@@ -19,7 +19,7 @@ from clipfs.blocks.plan import LayerView, Spans, blocks_of
 from clipfs.compression.codec import Forward
 from clipfs.format.container import Codec
 
-# Frames held open. A gzip decoder takes 74 KB, a zstd decoder one of up to 128 MiB, usually 8.
+# Frames held open. A gzip decoder takes 74 KB, a zstd decoder a window of up to 128 MiB, usually 8.
 _OPEN = {Codec.GZIP: 64, Codec.ZSTD: 2}
 
 
