@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from functools import partial
 
 import trio
@@ -146,11 +146,12 @@ class Carrier:
         try:
             while True:
                 try:
-                    async for part, data in frame.parts(numbers, start, arrival):
-                        found = await trio.to_thread.run_sync(frame.decode, data, part, limiter=self._decoders)
-                        for number, blocks in found:
-                            self._counters.decoded(sum(map(len, blocks)))
-                            await self._passed(layer, number, blocks, claims.pop(number, None))
+                    async with aclosing(frame.parts(numbers, start, arrival)) as parts:
+                        async for part, data in parts:
+                            found = await trio.to_thread.run_sync(frame.decode, data, part, limiter=self._decoders)
+                            for number, blocks in found:
+                                self._counters.decoded(sum(map(len, blocks)))
+                                await self._passed(layer, number, blocks, claims.pop(number, None))
                 except IntegrityError as error:
                     # As above; only that the frame has to be decoded from its beginning again.
                     if distrusted:

@@ -9,7 +9,7 @@ are needed next.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -52,7 +52,9 @@ class Frame:
             stop += 1
         return range(self._next, stop), start, end
 
-    async def parts(self, numbers: range, start: int, arrival: Arrival) -> AsyncIterator[tuple[range, memoryview]]:
+    async def parts(
+        self, numbers: range, start: int, arrival: Arrival
+    ) -> AsyncGenerator[tuple[range, memoryview], None]:
         """What to decode next of the spans `numbers`, whose bytes begin at `start`: all whose bytes have come."""
         while numbers:
             await arrival.bytes(start, self._spans[numbers.start].end)
