@@ -399,6 +399,19 @@ class TestWarm:
             assert len(reader.wanted) < len(spans) // 4, "nobody has wanted the rest"
         assert source.ranges == []
 
+    async def test_not_for_who_reads_something_else(
+        self, images: Callable[[Compression], Image], disk: DiskCache
+    ) -> None:
+        image = images("gzip")
+        spans = trace.everything(image.index.layers)
+        async with reading(image, image.source(), disk=disk) as reader:
+            await reader.prefetch(spans, "all", 8)
+        async with reading(image, image.source(), disk=disk) as reader:
+            for at in range(40):
+                await reader.read(image.start + 38 * MB - at * 64 * 1024, 10)
+            await reader.warm(spans)
+            assert reader.try_read(image.start, 10) is None
+
     async def test_nothing_is_fetched_for_it(self, images: Callable[[Compression], Image], disk: DiskCache) -> None:
         image = images("gzip")
         source = image.source()

@@ -310,14 +310,15 @@ class BlockReader:
         await prefetch(self.flights, spans, why, at_once)
 
     async def warm(self, spans: Sequence[tuple[int, int]]) -> None:
-        """Bring into memory what the disk has of the first of these spans, until that is half full."""
+        """Bring into memory what the disk has of the first of these spans, until that is half full, or many
+        reads have had to wait for the disk: this time something else is read."""
         if self._disk is None:
             return
         room = self._cache.limit // 2
         for layer, number in spans:
             length = self._index.layers[layer].spans[number].length
             room -= length
-            if room < 0:
+            if room < 0 or self._disk_reads >= _MANY:
                 break
             await self._from_disk(self._disk, [(layer, number, at) for at in range(-(-length // BLOCK))], {})
 
