@@ -13,7 +13,7 @@ from clipfs import state
 from clipfs.building.builder import build_image
 from clipfs.oci import Descriptor, Platform
 from clipfs.sources import open_source
-from clipfs.sources.base import Document, LocalBlob, Source
+from clipfs.sources.base import Document, LocalBlob, Sink, Source
 from tests.images import LayoutBuilder, Tar
 from tests.mounts import SECONDS
 
@@ -92,8 +92,8 @@ class Elsewhere(Source):
         finally:
             self.open_streams -= 1
 
-    async def read_range(self, blob: Descriptor, start: int, end: int) -> bytes:
-        return await self._there.read_range(blob, start, end)
+    async def read_into(self, blob: Descriptor, start: int, end: int, sink: Sink) -> None:
+        await self._there.read_into(blob, start, end, sink)
 
     async def _named(self, platform: Platform) -> Document:
         return await self._there._named(platform)

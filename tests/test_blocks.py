@@ -46,6 +46,20 @@ def near(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "_FAR", math.inf)
 
 
+def damaged_at_1() -> View:
+    """A layer of ten spans of 1000 bytes, of which the second one's record cannot be read."""
+
+    class Broken(Spans):
+        def __getitem__(self, number):  # type: ignore[no-untyped-def]
+            if number == 1:
+                raise FormatError("the index is damaged: span 1")
+            return super().__getitem__(number)
+
+    layer = View.raw(noise(10_000), (1000,))
+    layer.spans = Broken(layer.spans)
+    return layer
+
+
 @asynccontextmanager
 async def reading(
     index: FakeIndex, fetcher: FakeFetcher, memory: int = 64 * MB, counters: Counters | None = None
@@ -340,14 +354,7 @@ class TestFurther:
         assert fetcher.ranges == [(0, GZIP.spans[0].start, GZIP.spans[0].end)]
 
     async def test_a_damaged_index_behind_it_is_not_theirs(self, fetcher: FakeFetcher) -> None:
-        class Broken(Spans):
-            def __getitem__(self, number):  # type: ignore[no-untyped-def]
-                if number == 1:
-                    raise FormatError("the index is damaged: span 1")
-                return super().__getitem__(number)
-
-        layer = View.raw(noise(10_000), (1000,))
-        layer.spans = Broken(layer.spans)
+        layer = damaged_at_1()
         index = FakeIndex([layer])
         async with reading(index, FakeFetcher(index)) as reader:
             reader.flights._carrier.link.note(MB, 0.05, 0.1)
@@ -418,14 +425,7 @@ class TestFailures:
             assert await reader.read(4 * MB, 10) == PLAIN[4 * MB : 4 * MB + 10]
 
     async def test_spans_that_cannot_be_read_do_not_end_prefetching(self) -> None:
-        class Broken(Spans):
-            def __getitem__(self, number):  # type: ignore[no-untyped-def]
-                if number == 1:
-                    raise FormatError("the index is damaged: span 1")
-                return super().__getitem__(number)
-
-        layer = View.raw(noise(10_000), (1000,))
-        layer.spans = Broken(layer.spans)
+        layer = damaged_at_1()
         index = FakeIndex([layer])
         async with reading(index, FakeFetcher(index)) as reader:
             await reader.prefetch([(0, number) for number in range(10)], "all", 1)

@@ -13,12 +13,13 @@ from clipfs.errors import SourceError
 
 
 class Arrival:
-    """Bytes [start, end) of a layer. come: up to where they are here. delay: seconds until the first was."""
+    """Bytes [start, end) of a layer. come: up to where they are here. asked: when they were asked for, by the monotonic
+    clock. delay: seconds until the first was here."""
 
     def __init__(self, start: int, end: int) -> None:
         self.start, self.end, self.come = start, end, start
         self.delay = math.inf
-        self._asked = time.monotonic()
+        self.asked = time.monotonic()
         self._view = memoryview(bytearray(end - start))
         self._error: Exception | None = None
         # Who waits up to where, the nearest first; a number keeps those apart who wait for the same.
@@ -28,7 +29,7 @@ class Arrival:
     def add(self, piece: bytes) -> None:
         """The next bytes. SourceError if there are too many."""
         if self.come == self.start:
-            self.delay = time.monotonic() - self._asked
+            self.delay = time.monotonic() - self.asked
         come = self.come + len(piece)
         if come > self.end:
             raise SourceError(f"{self.end - self.start} bytes of a layer were asked for, and more came")

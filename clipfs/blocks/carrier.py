@@ -81,14 +81,14 @@ class Carrier:
 
     async def _fetch(self, arrival: Arrival, group: list[Flight], why: str) -> None:
         """Have these bytes come. An error is for those who wait for them."""
-        layer, began = group[0].layer, time.monotonic()
+        layer = group[0].layer
         try:
             await self._fetcher.fetch_into(layer, arrival.start, arrival.end, arrival.add)
         except Exception as error:  # noqa: BLE001  raised again by everybody who waits
             arrival.close(error)
             return
         arrival.close()
-        size, seconds = arrival.come - arrival.start, time.monotonic() - began
+        size, seconds = arrival.come - arrival.start, time.monotonic() - arrival.asked
         wanted = max((flight.span.end for flight in group if flight.wanted), default=0)
         self.link.note(size, min(arrival.delay, seconds), seconds)
         self._counters.fetched(size, ahead=min(size, max(0, arrival.come - wanted)))

@@ -26,7 +26,7 @@ Sink = Callable[[bytes], object]
 # Index → index → manifest is the deepest that tools make (a layout's index.json, an image's index, its manifest).
 _MAX_NESTING = 4
 # A streamed blob comes in pieces of this size: large enough for few thread hops, small enough for flat memory.
-_PIECE = 1 << 20
+PIECE = 1 << 20
 
 
 class Image(NamedTuple):
@@ -73,13 +73,15 @@ class Source(ABC):
             raise ImageError(f"the image is for {config.platform} only, not for {platform}")
         return Image(self._canonical(manifest), manifest, config)
 
-    @abstractmethod
     async def read_range(self, blob: Descriptor, start: int, end: int) -> bytes:
         """Exactly the bytes [start, end) of a blob, or SourceError. They are not verified: a range has no digest."""
+        data = bytearray()
+        await self.read_into(blob, start, end, data.extend)
+        return bytes(data)
 
+    @abstractmethod
     async def read_into(self, blob: Descriptor, start: int, end: int, sink: Sink) -> None:
         """As `read_range`, but each piece is given to `sink` when it comes: in order, and once."""
-        sink(await self.read_range(blob, start, end))
 
     @abstractmethod
     def local(self, blob: Descriptor) -> LocalBlob | None:
@@ -149,13 +151,13 @@ class LocalSource(Source):
 
     async def read_into(self, blob: Descriptor, start: int, end: int, sink: Sink) -> None:
         """See `Source.read_into`."""
-        for at in range(start, end, _PIECE):
-            sink(await self.read_range(blob, at, min(at + _PIECE, end)))
+        for at in range(start, end, PIECE):
+            sink(await self.read_range(blob, at, min(at + PIECE, end)))
 
     async def stream(self, blob: Descriptor) -> AsyncGenerator[bytes, None]:
         """See `Source.stream`."""
-        for start in range(0, blob.size, _PIECE):
-            yield await self.read_range(blob, start, min(start + _PIECE, blob.size))
+        for start in range(0, blob.size, PIECE):
+            yield await self.read_range(blob, start, min(start + PIECE, blob.size))
 
     async def _manifest(self, descriptor: Descriptor) -> bytes:
         return await self.read_range(descriptor, 0, descriptor.size)

@@ -27,11 +27,10 @@ from clipfs.oci import (
     Reference,
 )
 from clipfs.sources.archive import Archive
-from clipfs.sources.base import Document, LocalBlob, LocalSource, read_file
+from clipfs.sources.base import PIECE, Document, LocalBlob, LocalSource, read_file
 
 _LAYER = "application/vnd.oci.image.layer.v1.tar"
 _SUFFIX = {b"\x1f\x8b": "+gzip", b"\x28\xb5\x2f\xfd": "+zstd"}
-_PIECE = 1 << 20
 
 
 class _Contents(NamedTuple):
@@ -128,6 +127,6 @@ def _descriptor(media_type: str, digest: Digest, size: int) -> dict[str, object]
 
 def _hash(place: LocalBlob) -> Digest:
     hasher = Digest.of(b"").hasher()
-    for start in range(0, place.size, _PIECE):
-        hasher.update(read_file(place.path, place.offset + start, min(_PIECE, place.size - start)))
+    for start in range(0, place.size, PIECE):
+        hasher.update(read_file(place.path, place.offset + start, min(PIECE, place.size - start)))
     return Digest("sha256", hasher.hexdigest())

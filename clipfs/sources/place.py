@@ -13,10 +13,7 @@ import trio
 
 from clipfs.errors import SourceError
 from clipfs.format.container import HEADER_SIZE, Header
-from clipfs.sources.base import Sink
-
-# A long range is read in pieces of this many bytes, so that memory stays flat.
-_PIECE = 1 << 20
+from clipfs.sources.base import PIECE, Sink
 
 
 def is_url(name: str) -> bool:
@@ -37,13 +34,15 @@ class Place(ABC):
     async def header(self) -> Header:
         """The header of what is there now. Ranges are of the same, from here on."""
 
-    @abstractmethod
     async def read(self, start: int, end: int) -> bytes:
         """Exactly these bytes of it. SourceError if they cannot be had, ReplacedError if it is there no more."""
+        data = bytearray()
+        await self.read_into(start, end, data.extend)
+        return bytes(data)
 
+    @abstractmethod
     async def read_into(self, start: int, end: int, sink: Sink) -> None:
         """As `read`, but each piece is given to `sink` when it comes: in order, and once."""
-        sink(await self.read(start, end))
 
     def distrust(self) -> None:  # noqa: B027 - a file is read in one way only
         """What came last was wrong: take another way to it, if there is one."""
@@ -75,8 +74,8 @@ class LocalFile(Place):
 
     async def read_into(self, start: int, end: int, sink: Sink) -> None:
         """See `Place.read_into`."""
-        for at in range(start, end, _PIECE):
-            sink(await self.read(at, min(at + _PIECE, end)))
+        for at in range(start, end, PIECE):
+            sink(await self.read(at, min(at + PIECE, end)))
 
     def _read(self, start: int, end: int) -> bytes:
         data = b""

@@ -92,12 +92,6 @@ class RegistrySource(Source):
                 served.site.transport.distrust(str(blob.digest))
                 return
 
-    async def read_range(self, blob: Descriptor, start: int, end: int) -> bytes:
-        """See `Source.read_range`."""
-        data = bytearray()
-        await self.read_into(blob, start, end, data.extend)
-        return bytes(data)
-
     async def read_into(self, blob: Descriptor, start: int, end: int, sink: Sink) -> None:
         """See `Source.read_into`. What has come stays when a connection breaks, and the rest is asked for."""
         check_range(blob, start, end)

@@ -102,12 +102,6 @@ class WebFile(Place):
         self.head = bytes(head)
         return Header.parse(self.head, self.name, self._version.size)
 
-    async def read(self, start: int, end: int) -> bytes:
-        """See `Place.read`."""
-        data = bytearray()
-        await self.read_into(start, end, data.extend)
-        return bytes(data)
-
     async def read_into(self, start: int, end: int, sink: Sink) -> None:
         """See `Place.read_into`. What has come stays when a connection breaks, and the rest is asked for."""
         if start != end:
