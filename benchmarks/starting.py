@@ -77,7 +77,7 @@ def size(workload: Workload) -> Section:
         with clip.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             header = Header.parse(data, clip.name)
             tree = sum(header[kind].length for kind in (Kind.EROFS, Kind.EXTENTS)) / report.inodes
-            seeking = sum(header[kind].length for kind in (Kind.SPANS, Kind.WINDOWS)) / report.compressed
+            seeking = sum(header[kind].length for kind in (Kind.SPANS, Kind.SEEKS, Kind.WINDOWS)) / report.compressed
             shipped = len(zstandard.ZstdCompressor(level=19).compress(data[:]))
         lines.append([
             what, f"{report.inodes:,}", f"{report.compressed / 1e6:.1f} MB", f"{report.clip_size / 1e3:,.0f} kB",

@@ -6,6 +6,7 @@ Most files here are forged: changed, and then given the right checksums. What is
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import stat
 import struct
@@ -18,8 +19,9 @@ import pytest
 
 from clipfs.erofs.structs import BLOCK, DEVICE, DEVICE_OFFSET, DIRENT, INODE, SUPERBLOCK, SUPERBLOCK_OFFSET
 from clipfs.errors import FormatError
-from clipfs.format.container import LAYER, SPAN, Codec, Extent, Header, Kind, Layer, Section, Span
+from clipfs.format.container import LAYER, SEEK, SPAN, Codec, Extent, Header, Kind, Layer, Section, Span
 from clipfs.format.index import Index
+from clipfs.format.pack import assemble
 from clipfs.oci import Digest
 from tests.clips import MEDIA_TYPE, Built, TreeBuilder, raw_layer, reseal, write_clip
 
@@ -407,15 +409,13 @@ _GOOD = [Span(0, 10, 0, 5, bytes(32)), Span(10, 20, 5, 5, bytes(32))]
     ("codec", "spans"),
     [
         (Codec.GZIP, []),
-        (Codec.GZIP, _GOOD[:1]),
         (Codec.GZIP, _GOOD[1:]),
         (Codec.GZIP, _GOOD[::-1]),
         (Codec.GZIP, [*_GOOD, Span(20, 20, 10, 1, bytes(32))]),
-        (Codec.GZIP, [_GOOD[0], replace(_GOOD[1], length=0)]),
-        (Codec.GZIP, [_GOOD[0], replace(_GOOD[1], position=4)]),
-        (Codec.GZIP, [_GOOD[0], replace(_GOOD[1], position=2**64 - 1)]),
+        (Codec.GZIP, [_GOOD[0], replace(_GOOD[1], position=0)]),
+        (Codec.GZIP, [_GOOD[0], replace(_GOOD[1], position=2**62)]),
         (Codec.GZIP, [_GOOD[0], replace(_GOOD[1], end=21)]),
-        (Codec.GZIP, [_GOOD[0], replace(_GOOD[1], start=21)]),
+        (Codec.GZIP, [_GOOD[0], replace(_GOOD[1], start=15, end=21)]),
         (Codec.GZIP, [_GOOD[0], replace(_GOOD[1], bit=8)]),
         (Codec.GZIP, [_GOOD[0], replace(_GOOD[1], skip=2**32)]),
         (Codec.GZIP, [_GOOD[0], replace(_GOOD[1], window=bytes(32_769))]),
@@ -446,16 +446,34 @@ def test_a_window_that_claims_to_be_huge(honest: bytes, tmp_path: Path) -> None:
     assert "window" in verdict(tmp_path / "x.clip", forge(honest, Kind.WINDOWS, change))
 
 
-@pytest.mark.parametrize(("field", "values"), [(4, (2**63, 2**64 - 1)), (6, (1, 2**31, 2**32 - 1))])
+@pytest.mark.parametrize(("field", "values"), [(2, (2**63, 2**64 - 1)), (3, (1, 2**31, 2**32 - 1))])
 def test_a_window_that_is_elsewhere(honest: bytes, tmp_path: Path, field: int, values: tuple[int, ...]) -> None:
     for value in values:
 
         def change(content: bytearray, value: int = value) -> None:
-            fields = list(SPAN.unpack_from(content, SPAN.size))
+            fields = list(SEEK.unpack_from(content, SEEK.size))
             fields[field] = value
-            SPAN.pack_into(content, SPAN.size, *fields)
+            SEEK.pack_into(content, SEEK.size, *fields)
 
-        assert "window" in verdict(tmp_path / "x.clip", forge(honest, Kind.SPANS, change))
+        assert "window" in verdict(tmp_path / "x.clip", forge(honest, Kind.SEEKS, change))
+
+
+@pytest.mark.parametrize("seek", [3, 2**31, 2**32 - 1])
+def test_a_span_that_begins_nowhere(honest: bytes, tmp_path: Path, seek: int) -> None:
+    def change(content: bytearray) -> None:
+        fields = list(SPAN.unpack_from(content, SPAN.size))
+        fields[1] = seek
+        SPAN.pack_into(content, SPAN.size, *fields)
+
+    assert "begins nowhere" in verdict(tmp_path / "x.clip", forge(honest, Kind.SPANS, change))
+
+
+def test_half_a_place_to_begin_at(honest: bytes, tmp_path: Path) -> None:
+    header = Header.parse(honest, "honest")
+    parts = {Kind(kind): honest[section.offset : section.end] for kind, section in header.sections.items()}
+    out = io.BytesIO()
+    assemble(out, {**parts, Kind.SEEKS: parts[Kind.SEEKS][:-1]})
+    assert "do not match" in verdict(tmp_path / "x.clip", out.getvalue())
 
 
 @pytest.mark.parametrize(

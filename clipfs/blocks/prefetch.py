@@ -17,7 +17,7 @@ from clipfs.errors import ClipfsError
 # Seconds that a group should take: several round trips of usual length, and no more than who waits would notice.
 _SHORT, _LONG = 0.1, 0.4
 
-# Groups grow up to so many times what they are at first: 64 spans of a gzip layer are ten compressed megabytes.
+# Groups grow up to so many times what they are at first: 128 spans of a gzip layer are ten compressed megabytes.
 _GROWTH = 8
 
 # Spans that are looked for on the disk at a time: all of them may be there, and soon seen to be.
@@ -38,7 +38,7 @@ async def prefetch(flights: Flights, spans: Sequence[Place], why: str, least: in
             group, missing = missing[:count], missing[count:]
             began = trio.current_time()
             with contextlib.suppress(ClipfsError):
-                for flight in flights.board(group, why):
+                for flight in flights.board(sorted(group), why):
                     with contextlib.suppress(ClipfsError):
                         await flight.blocks()
             seconds = trio.current_time() - began

@@ -11,12 +11,13 @@ from concurrent.futures import Future
 
 from clipfs.compression.ledger import Ledger, Seek
 from clipfs.compression.windows import SAMPLE
-from clipfs.format.container import SPAN
+from clipfs.format.container import SEEK, SPAN
 
-# What a span may cost in the index, its window and records, as a share of the compressed bytes that it stands for.
-# With it, the spans of a 260 MB image were half as long as when they were cut every 4 MiB wherever that was, and cost
-# as much: there is a place every 80 KB of usual data, and at one in ten hardly anything refers to the window.
-_BUDGET = 0.0025
+# What a span may cost in the index, its window and records, as a share of the compressed bytes that it stands for; and
+# all spans of a layer together, for they are to stay below 0.3 %. The spans of a 260 MB image became half as long as
+# when they were cut every 4 MiB wherever that was, and cost as much: there is a place every 80 KB of usual data, and at
+# one in ten hardly anything refers to the window.
+_BUDGET, _BUDGET_OF_ALL = 0.0034, 0.0029
 
 # No span is ended before it has this share of its size, however cheaply: records cost, too.
 _SOONEST = 1 / 8
@@ -52,6 +53,7 @@ class Stretch:
         self._ledger, self._size, self.piece = ledger, size, piece
         self._runs = [_Run()]
         self._start = self._stop = 0  # decoded bytes of the layer before the span, and up to here
+        self._spent = 0  # bytes of the index for the spans before it
         # The last three places: one that was just passed, one whose cost is being found out, one that is to be judged.
         self._latest: _Run | None = None
         self._appraised: _Run | None = None
@@ -94,7 +96,7 @@ class Stretch:
         that: until then nobody waits for it, and where spans begin does not depend on how long that takes.
         """
         due, self._due = self._due, None
-        if due is not None and due.seek is not None and self._price(due) <= _BUDGET:
+        if due is not None and due.seek is not None and self._affordable(due):
             self._cut(due)
         if self._come(self._stop, position) >= 1:
             places = [run for run in self._runs if run.seek is not None]
@@ -118,17 +120,27 @@ class Stretch:
         """How far a span has come that ends there, decoded and compressed, as a share of what it may have."""
         return max((stop - self._start) / self._size, (position - self._ledger.start) / (DENSITY * self._size))
 
+    def _affordable(self, run: _Run) -> bool:
+        """Is that a place to end the span at, though it may become longer?"""
+        assert run.seek is not None
+        return self._price(run) <= _BUDGET and self._spent + self._cost(run) <= _BUDGET_OF_ALL * run.seek.start
+
     def _price(self, run: _Run) -> float:
         """Bytes of the index for each compressed byte of the span, if it ends here."""
         assert run.seek is not None
+        return self._cost(run) / max(1, run.seek.start - self._ledger.start)
+
+    def _cost(self, run: _Run) -> int:
+        """Bytes of the index for the span, if it ends here."""
         assert run.cost is not None
         records = max(1, (run.stop - self._start) // self.piece) * SPAN.size
-        return (run.cost.result() + records) / max(1, run.seek.start - self._ledger.start)
+        return run.cost.result() + SEEK.size + records
 
     def _cut(self, last: _Run) -> None:
         """End the span behind this run, and begin the next one there."""
         assert last.seek is not None
         seek = last.seek
+        self._spent += self._cost(last)
         end = self._pass_on(self._runs.index(last) + 1)
         # Less than where the input was for a decoder that looks ahead: what ends with a block needs nothing behind it.
         self._ledger.cut(min(end, seek.start + (seek.bit > 0)))

@@ -20,7 +20,7 @@ from clipfs.oci import Digest
 
 # As PNG's: a high bit, CR LF, control-Z and LF tell a file that was transferred as text from one that was not.
 MAGIC = b"\x89CLIP\r\n\x1a\n"
-VERSION = 2
+VERSION = 3
 # Bits in the header whose meaning a reader must know. PACKED: the one layer is not the manifest's but the section
 # `data` of a packed clip, this one or the one that `source` names.
 PACKED = 1
@@ -38,7 +38,8 @@ MAX_SECTIONS = (CHECKSUM_OFFSET - HEADER.size) // SECTION.size
 ALIGNMENT = 8
 
 LAYER = struct.Struct("<BBB5x64s64sQQQQB255s")
-SPAN = struct.Struct("<QQQQQIIB7x32s")
+SPAN = struct.Struct("<QII32s")
+SEEK = struct.Struct("<QqQIB3x")
 
 # An extent's place is its layer's number and, in the low bits, the offset in the uncompressed layer.
 PLACE_BITS = 48
@@ -69,11 +70,12 @@ class Kind(IntEnum):
     LAYERS = 2
     EXTENTS = 3
     SPANS = 4
-    WINDOWS = 5
-    MANIFEST = 6
-    CONFIG = 7
-    SOURCE = 8
-    DATA = 9
+    SEEKS = 5
+    WINDOWS = 6
+    MANIFEST = 7
+    CONFIG = 8
+    SOURCE = 9
+    DATA = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +166,9 @@ class Header:
             raise FormatError(f"{name} is not a .clip file")
         _, version, features, _, length, count, reserved = HEADER.unpack_from(buffer, 0)
         if version != VERSION:
-            raise FormatError(f"{name} has format version {version}; this clipfs reads version {VERSION}")
+            raise FormatError(
+                f"{name} has format version {version}; this clipfs reads version {VERSION}: make it of its image again"
+            )
         if features & ~FEATURES:
             raise FormatError(f"{name} needs features {features & ~FEATURES:#x} that this clipfs does not have")
         table = buffer[:CHECKSUM_OFFSET]

@@ -20,6 +20,7 @@ from clipfs.format.container import (
     LAYER,
     MAX_LAYERS,
     PLACE_BITS,
+    SEEK,
     SPAN,
     Extent,
     Header,
@@ -71,10 +72,9 @@ def uuid_of(manifest: bytes) -> bytes:
 
 
 def pack_tables(layers: Sequence[Layer], extents: Sequence[Extent]) -> Parts:
-    """The sections layers, extents, spans and windows."""
-    spans, windows = _pack_spans(layers)
+    """The sections layers, extents, spans, seeks and windows."""
     records = b"".join(map(_pack_layer, layers))
-    return {Kind.LAYERS: records, Kind.EXTENTS: _pack_extents(extents), Kind.SPANS: spans, Kind.WINDOWS: windows}
+    return {Kind.LAYERS: records, Kind.EXTENTS: _pack_extents(extents), **_pack_spans(layers)}
 
 
 def assemble(out: BinaryIO, parts: Parts, features: int = 0, data: tuple[int, bytes] | None = None) -> None:
@@ -128,26 +128,28 @@ def _pack_extents(extents: Sequence[Extent]) -> bytes:
     )
 
 
-def _pack_spans(layers: Sequence[Layer]) -> tuple[bytes, bytes]:
-    """(records, windows). Windows are compressed one by one, because they are needed one by one; spans that begin at
-    the same place share theirs."""
+def _pack_spans(layers: Sequence[Layer]) -> Parts:
+    """The sections spans, seeks and windows. Windows are compressed one by one, because they are needed one by one."""
     compressor = zstandard.ZstdCompressor(level=_WINDOW_LEVEL, write_checksum=False)
-    records: list[bytes] = []
+    spans: list[bytes] = []
+    seeks: list[bytes] = []
     windows: list[bytes] = []
     at, last, size = 0, b"", 0
     for layer in layers:
+        seek: tuple[int, ...] = ()  # the spans of a layer share none with those of another
         for span in layer.spans:
+            if span.length >> 32:
+                raise ImageError("one stretch of it decodes to more than 4 GiB", layer=layer.digest)
             if span.window and span.window != last:
                 at += size
                 windows.append(compressor.compress(span.window))
                 last, size = span.window, len(windows[-1])
-            shared = (at, size) if span.window else (0, 0)
+            before, shared = seek, (at, size) if span.window else (0, 0)
+            seek = (span.start, span.position - span.skip, *shared, span.bit)
+            if seek != before:
+                seeks.append(SEEK.pack(*seek))
             try:
-                record = SPAN.pack(
-                    span.start, span.end, span.position, span.skip, shared[0], span.length, shared[1],
-                    span.bit, span.digest,
-                )  # fmt: skip
+                spans.append(SPAN.pack(span.position, len(seeks) - 1, span.end - span.start, span.digest))
             except struct.error:
-                raise ImageError("one stretch of it decodes to more than 4 GiB", layer=layer.digest) from None
-            records.append(record)
-    return b"".join(records), b"".join(windows)
+                raise ImageError("one stretch of it takes more than 4 GiB", layer=layer.digest) from None
+    return {Kind.SPANS: b"".join(spans), Kind.SEEKS: b"".join(seeks), Kind.WINDOWS: b"".join(windows)}

@@ -25,6 +25,7 @@ from clipfs.format.container import (
     MAX_SKIP,
     MAX_WINDOW,
     PLACE_BITS,
+    SEEK,
     SPAN,
     Codec,
     Header,
@@ -37,31 +38,33 @@ from clipfs.oci import Digest
 
 _OFFSET_MASK = (1 << PLACE_BITS) - 1
 _EXTENT_SIZE = 24
-# SPAN is this many 64-bit numbers long, and the number at this place in it is `position`.
-_SPAN_WORDS, _POSITION_WORD = SPAN.size // 8, 2
-_LENGTH_FIELD = 5
+# SPAN is so many numbers of 64 bits long, and the first is `position`; of those of 32 bits one is `seek`.
+_SPAN_WORDS, _SPAN_HALVES, _SEEK_HALF = SPAN.size // 8, SPAN.size // 4, 2
 _DIGEST_SIZE = 32
+# Of SEEK: the decoded byte that decoding begins with.
+_ORIGIN = 1
+_LONGEST = (1 << 32) - 1
 
 
 class SpanTable(Sequence[Span]):
     """The spans of one layer. Indexing decodes a record and decompresses its window; `find` and `bounds` do neither."""
 
     def __init__(
-        self, buffer: mmap, at: int, count: int, windows: Section, size: int, diff_size: int, codec: Codec, name: str
+        self, buffer: mmap, at: int, count: int, header: Header, size: int, diff_size: int, codec: Codec, name: str
     ) -> None:
         """at: where the first of `count` records is.  size, diff_size, codec: of the layer that they belong to."""
         self._buffer = buffer
         self._at = at
         self._count = count
-        self._windows = windows
+        self._seeks, self._windows = header[Kind.SEEKS], header[Kind.WINDOWS]
         self._size = size
         self._diff_size = diff_size
         self._codec = codec
         self._name = name
-        self._words = memoryview(buffer)[at : at + count * SPAN.size].cast("Q")
-        self._starts = self._words[::_SPAN_WORDS]
-        self._positions = self._words[_POSITION_WORD::_SPAN_WORDS]
-        self._skips = self._words[_POSITION_WORD + 1 :: _SPAN_WORDS]
+        self._records = memoryview(buffer)[at : at + count * SPAN.size]
+        self._words, self._halves = self._records.cast("Q"), self._records.cast("I")
+        self._positions = self._words[::_SPAN_WORDS]
+        self._seek_of = self._halves[_SEEK_HALF::_SPAN_HALVES]
 
     def __len__(self) -> int:
         return self._count
@@ -79,14 +82,14 @@ class SpanTable(Sequence[Span]):
             number += self._count
         if not 0 <= number < self._count:
             raise IndexError(number)
-        start, end, position, skip, window_at, length, window_length, bit, digest = SPAN.unpack_from(
-            self._buffer, self._at + number * SPAN.size
-        )
+        _, seek, taken, digest = SPAN.unpack_from(self._buffer, self._at + number * SPAN.size)
+        position, length = self.bounds(number)
+        start, origin, window_at, window_length, bit = self._seek(seek)
+        end, skip = start + taken, position - origin
         if not (
-            start <= end <= self._size
-            and 0 < length <= self._diff_size - position
+            end <= self._size
             and (bit < 8 if self._codec is Codec.GZIP else not bit and not window_length)
-            and (not skip or (self._codec is not Codec.RAW and skip <= max(position, MAX_SKIP)))
+            and (not skip or (self._codec is not Codec.RAW and 0 < skip <= max(position, MAX_SKIP)))
         ):
             raise FormatError(f"{self._name} is damaged: span {number} of a layer is outside of it")
         window = self._window(window_at, window_length) if window_length else b""
@@ -102,8 +105,8 @@ class SpanTable(Sequence[Span]):
     def bounds(self, number: int) -> tuple[int, int]:
         """(position, length) of a span, cheaply: what a plan needs to know."""
         position = self._positions[number]
-        length: int = SPAN.unpack_from(self._buffer, self._at + number * SPAN.size)[_LENGTH_FIELD]
-        if not 0 < length <= self._diff_size - position:
+        length = (self._positions[number + 1] if number + 1 < self._count else self._diff_size) - position
+        if not 0 < length <= min(self._diff_size - position, _LONGEST):
             raise FormatError(f"{self._name} is damaged: span {number} of a layer is outside of it")
         return position, length
 
@@ -115,20 +118,25 @@ class SpanTable(Sequence[Span]):
     def frame(self, number: int) -> range:
         """The numbers of the spans that decoding passes one after the other, this one included: from the one at whose
         beginning decoding begins, to the last that follows without a gap."""
-        first, last, starts, skips = number, number + 1, self._starts, self._skips
-        start, gap = starts[number], self._positions[number] - skips[number]
-        while first and starts[first - 1] == start and self._positions[first - 1] - skips[first - 1] == gap:
+        first, last, seeks = number, number + 1, self._seek_of
+        while first and seeks[first - 1] == seeks[number]:
             first -= 1
-        while last < self._count and starts[last] == start and self._positions[last] - skips[last] == gap:
+        while last < self._count and seeks[last] == seeks[number]:
             last += 1
-        return range(first, last) if not skips[first] else range(number, number + 1)
+        begins = self._seek(seeks[number])[_ORIGIN] == self._positions[first]
+        return range(first, last) if begins else range(number, number + 1)
 
     def release(self) -> None:
         """Let go of the mapped file."""
-        self._starts.release()
-        self._skips.release()
-        self._positions.release()
-        self._words.release()
+        for view in (self._positions, self._seek_of, self._words, self._halves, self._records):
+            view.release()
+
+    def _seek(self, number: int) -> tuple[int, int, int, int, int]:
+        """(start, origin, window offset, window length, bit) of where decoding can begin."""
+        if number >= self._seeks.length // SEEK.size:
+            raise FormatError(f"{self._name} is damaged: a span begins nowhere")
+        fields: tuple[int, int, int, int, int] = SEEK.unpack_from(self._buffer, self._seeks.offset + number * SEEK.size)
+        return fields
 
     def _window(self, at: int, length: int) -> bytes:
         if length > self._windows.length - at:
@@ -215,7 +223,7 @@ def read_layers(buffer: mmap, header: Header, name: str) -> tuple[StoredLayer, .
             layer = _read_layer(buffer, offset, at, header, name)
             layers.append(layer)
             at += len(layer.spans) * SPAN.size
-        if at != spans.end or section.length % LAYER.size:
+        if at != spans.end or section.length % LAYER.size or header[Kind.SEEKS].length % SEEK.size:
             raise FormatError(f"{name} is damaged: its layers and spans do not match")
     except FormatError:
         for layer in layers:
@@ -239,7 +247,7 @@ def _read_layer(buffer: mmap, offset: int, spans_at: int, header: Header, name: 
         text = media_type[:length].decode()
     except (KeyError, ValueError):
         raise FormatError(f"{name} is damaged: a layer has a digest, codec or media type that can not be") from None
-    table = SpanTable(buffer, spans_at, count, header[Kind.WINDOWS], size, diff_size, kind, name)
+    table = SpanTable(buffer, spans_at, count, header, size, diff_size, kind, name)
     return StoredLayer(*digests, size, diff_size, kind, text, table)
 
 

@@ -39,7 +39,7 @@ from clipfs.sources.packed import fetcher_for
 log = logging.getLogger(__name__)
 
 # Spans on their way at the same time that nobody has asked for: enough to fill a range or two.
-_AHEAD_AT_ONCE = 8
+_AHEAD_AT_ONCE = 16
 
 # Requests handled at the same time. Each that waits for the network holds one, and lookups must still get through.
 _TASKS = 1000

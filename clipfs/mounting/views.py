@@ -27,7 +27,7 @@ from clipfs.mounting.options import MountOptions, view
 log = logging.getLogger(__name__)
 
 # KiB that the kernel reads ahead in the data file, and the most that it asks for in one request.
-_READ_AHEAD = 256
+_READ_AHEAD = 128
 
 
 class UnsuitableError(Exception):

@@ -99,7 +99,7 @@ def mutate(data: bytes, change: Change, chance: random.Random) -> bytes:
     except (FormatError, ValueError):
         return words.changed(data, chance) if chance.random() < 0.5 else change(data, LIMIT)
     payload = parts.pop(Kind.DATA, None)
-    weights = (10, 4, 3, 4, 1, 1, 1, 1)
+    weights = (10, 4, 3, 4, 4, 1, 1, 1, 1)
     (kind,) = chance.choices([kind for kind in Kind if kind is not Kind.DATA], weights)
     old = parts[kind]
     new = words.changed(old, chance) if chance.random() < 0.6 else change(old, min(LIMIT, len(old) + 200))
