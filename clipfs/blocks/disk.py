@@ -16,12 +16,13 @@ import hashlib
 import logging
 import os
 import struct
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from clipfs.blocks.opened import OpenFiles, path_of
+from clipfs.blocks.opened import OpenFiles, name_of
 from clipfs.blocks.store import DamagedError, Entry, OutdatedError, WouldWaitError, pack
 
 log = logging.getLogger(__name__)
@@ -38,8 +39,13 @@ _STALE = 3600
 _HEX = "[0-9a-f]"
 _NAMES = f"{_HEX * 2}/{_HEX * 62}"
 
+# A process counts this much, or a share of the limit, as written before it writes, and more when that is used up.
+_COUNTED, _COUNTED_SHARE = 4 << 20, 1 / 64
+
 _TOTAL = struct.Struct("<Q")
 _PAGE = 4096
+# Pieces that a system call takes.
+_IOV_MAX = 1024
 
 
 class Stored(NamedTuple):
@@ -54,7 +60,8 @@ class Stored(NamedTuple):
 class Claim:
     """The right, and the duty, to fetch a span: `keep` its blocks or `release` it. Both end it."""
 
-    def __init__(self, cache: DiskCache, digest: bytes, path: Path | None, descriptor: int) -> None:
+    def __init__(self, cache: DiskCache, digest: bytes, path: str | None, descriptor: int) -> None:
+        """path, descriptor: of the file that is written aside, locked and empty; None if nothing can be kept."""
         self.digest = digest
         self._cache, self._path, self._descriptor = cache, path, descriptor
 
@@ -64,7 +71,9 @@ class Claim:
             return
         with self._cache.aided():
             pieces = pack(self.digest, blocks, compress=self._cache.compress and compress)
-            self._cache.write(self._descriptor, pieces, self._path)
+            if self._cache.write(self._descriptor, pieces, self._path):
+                self._path = None
+                os.close(self._descriptor)
         self.release()
 
     def release(self) -> None:
@@ -74,8 +83,8 @@ class Claim:
         path, self._path = self._path, None
         # Still locked: nobody can have taken this name for another file in between.
         with contextlib.suppress(OSError):
-            if path.stat().st_ino == os.fstat(self._descriptor).st_ino:
-                path.unlink()
+            if os.stat(path).st_ino == os.fstat(self._descriptor).st_ino:
+                os.unlink(path)
         os.close(self._descriptor)
 
 
@@ -83,7 +92,7 @@ class DiskCache:
     """The cache in `directory`. limit: bytes on disk, None for a tenth of the disk. Threads may share it."""
 
     def __init__(self, directory: Path, limit: int | None = None, *, compress: bool = True) -> None:
-        self.directory = directory
+        self.directory, self._place = directory, str(directory)
         self.compress = compress
         self.dropped = 0
         self._complained = False
@@ -93,6 +102,8 @@ class DiskCache:
             room = os.statvfs(directory)
             self.limit = int(room.f_blocks * room.f_frsize * _SHARE) if limit is None else limit
         self.files = OpenFiles(directory, self.limit)
+        self._counting = threading.Lock()
+        self._counted = 0  # bytes that this process may write before it counts again
 
     # --- reading
 
@@ -116,7 +127,7 @@ class DiskCache:
 
     def has(self, digest: bytes) -> bool:
         """Is the span here? Whether its file is good shows when it is read: this is asked of all that an image has."""
-        return os.access(self._path(digest), os.F_OK)
+        return os.access(self._name(digest), os.F_OK)
 
     def open_ahead(self, digests: Iterable[bytes]) -> None:
         """Open the files of these spans that are here, as many as may be open, without counting it as a use. Blocks."""
@@ -136,14 +147,20 @@ class DiskCache:
         """Take a span upon oneself; None if another process, or another task, has done so and still is at it."""
         if not self.limit:
             return Claim(self, digest, None, -1)
-        path = self._path(digest).with_suffix(".part")
+        path = f"{self._name(digest)}.part"
         try:
             while True:
-                path.parent.mkdir(mode=0o700, exist_ok=True)
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                try:
+                    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                except FileNotFoundError:
+                    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+                    continue
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                    mine = os.fstat(descriptor)
+                    if os.stat(path).st_ino == mine.st_ino:
+                        if mine.st_size:
+                            os.ftruncate(descriptor, 0)  # a writer died
                         return Claim(self, digest, path, descriptor)
                 except BlockingIOError:
                     os.close(descriptor)
@@ -168,17 +185,13 @@ class DiskCache:
             finally:
                 os.close(descriptor)
 
-    def write(self, descriptor: int, pieces: Sequence[bytes], part: Path) -> None:
-        """Make `part`, open and locked as `descriptor`, a file of the cache. OSError if the disk does not take it."""
+    def write(self, descriptor: int, pieces: Sequence[bytes], part: str) -> bool:
+        """Make `part`, open, locked and empty as `descriptor`, a file of the cache. False if it is too large for that;
+        OSError if the disk does not take it."""
         size = _on_disk(sum(map(len, pieces)))
         if size > self.limit // 2:
-            return  # It would push out most of what is here, or does not fit at all.
-        # Counted before it can be found: a process that is killed leaves the total too high, never too low, and the
-        # next eviction counts anew.
-        with self._total() as total:
-            total[0] += size
-            if total[0] > self.limit:
-                total[0] = self._evict(int(self.limit * _LOW) - size) + size
+            return False  # It would push out most of what is here, or does not fit at all.
+        self._count(size)
         try:
             _write(descriptor, pieces)
         except OSError as error:
@@ -186,9 +199,24 @@ class DiskCache:
                 raise
             # Others have filled the disk. Giving up as much as this needs is fair, trying twice would not be.
             with self._total() as total:
-                total[0] = self._evict(max(0, total[0] - 2 * size)) + size
+                total[0] = self._evict(self.limit, least=2 * size) + size
+            os.ftruncate(descriptor, 0)
             _write(descriptor, pieces)
-        part.rename(part.with_suffix(""))
+        os.rename(part, part.removesuffix(".part"))
+        return True
+
+    def _count(self, size: int) -> None:
+        """So many bytes will be written. They are counted before they can be found: a process that is killed leaves the
+        total too high, never too low, and the next eviction counts anew."""
+        with self._counting:
+            if size > self._counted:
+                more = max(size, min(_COUNTED, int(self.limit * _COUNTED_SHARE)))
+                with self._total() as total:
+                    total[0] += more
+                    if total[0] > self.limit:
+                        total[0] = self._evict(int(self.limit * _LOW) - more) + more
+                self._counted += more
+            self._counted -= size
 
     # --- keeping house
 
@@ -231,10 +259,12 @@ class DiskCache:
             total[0] = self._evict(limit)
             return total[0]
 
-    def _evict(self, target: int) -> int:
-        """Remove the least recently used until `target` bytes are left. Returns what is left, counted anew."""
+    def _evict(self, target: int, *, least: int = 0) -> int:
+        """Remove the least recently used, `least` bytes or more, until `target` bytes are left. Returns what is left,
+        counted anew."""
         stored = sorted(self.stored(), key=lambda each: each.used)
         left = sum(each.size for each in stored)
+        target = min(target, left - least)
         for each in stored:
             if left <= target:
                 break
@@ -268,14 +298,20 @@ class DiskCache:
             log.warning("the cache in %s is of limited use now: %s", self.directory, error.strerror)
 
     def _path(self, digest: bytes) -> Path:
-        return path_of(self.directory, digest)
+        return Path(self._name(digest))
+
+    def _name(self, digest: bytes) -> str:
+        return name_of(self._place, digest)
 
 
 def _write(descriptor: int, pieces: Sequence[bytes]) -> None:
-    os.ftruncate(descriptor, 0)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    with open(descriptor, "wb", closefd=False) as file:
-        file.writelines(pieces)
+    """All in one call, as a rule: between two, this thread would have to wait for its turn in the interpreter."""
+    written = os.pwritev(descriptor, pieces[:_IOV_MAX], 0)
+    if written == sum(map(len, pieces)):
+        return
+    whole = memoryview(b"".join(pieces))
+    while written < len(whole):
+        written += os.pwrite(descriptor, whole[written:], written)
 
 
 def _on_disk(size: int) -> int:

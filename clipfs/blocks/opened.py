@@ -82,16 +82,10 @@ class OpenFiles:
             self._open.pop(digest, None)
 
     def _opened(self, digest: bytes) -> Entry:
-        # As a string: a Path takes as long as opening does.
-        path = f"{self._directory}/{_name_of(digest)}"
-        return Entry(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), digest)
+        return Entry(os.open(name_of(self._directory, digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), digest)
 
 
-def path_of(directory: Path, digest: bytes) -> Path:
-    """Where in the cache the file of a span is."""
-    return directory / _name_of(digest)
-
-
-def _name_of(digest: bytes) -> str:
+def name_of(directory: str, digest: bytes) -> str:
+    """Where in the cache the file of a span is. A string: a Path takes as long as opening it does."""
     name = digest.hex()
-    return f"{name[:2]}/{name[2:]}"
+    return f"{directory}/{name[:2]}/{name[2:]}"
