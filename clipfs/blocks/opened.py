@@ -17,7 +17,7 @@ from clipfs.blocks.store import DamagedError, Entry, WouldWaitError
 # Opening a file takes four turns of a cold disk, a read from an open one takes one. What another process evicts takes
 # its room until it is closed here, so they are so few that they cannot have more than a share of the cache's limit; nor
 # of the descriptors that this process may have.
-_OPEN, _OPEN_SHARE, _OPEN_BYTES, _DESCRIPTORS_SHARE = 4096, 0.04, 512 << 10, 0.5
+_OPEN, _OPEN_SHARE, _OPEN_BYTES, _DESCRIPTORS_SHARE = 4096, 0.04, 256 << 10, 0.5
 
 # A file's time says when it was last of use; renewing it more often than this (seconds) only costs time.
 _RENEWAL = 60
