@@ -27,7 +27,7 @@ _SEQUENTIAL = (
     "Decoding and verifying gzip takes most of it, and what is decoded is compressed for the disk cache besides."
 )
 _RANDOM = (
-    "A gzip layer can be entered every 2 MiB only: a read that misses decodes and verifies half of that, where "
+    "A gzip layer can be entered every 0.5 to 4 MiB only: a read that misses decodes and verifies half of that, where "
     "squashfs decodes 128 KiB."
 )
 _CACHED = "A block from the disk cache passes through Python on its way."

@@ -40,7 +40,7 @@ _HEX = "[0-9a-f]"
 _NAMES = f"{_HEX * 2}/{_HEX * 62}"
 
 # A process counts this much, or a share of the limit, as written before it writes, and more when that is used up.
-_COUNTED, _COUNTED_SHARE = 4 << 20, 1 / 64
+_COUNTED, _COUNTED_SHARE = 4 << 20, 1 / 256
 
 _TOTAL = struct.Struct("<Q")
 _PAGE = 4096

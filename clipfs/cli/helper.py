@@ -9,13 +9,17 @@ from __future__ import annotations
 import getopt
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clipfs.errors import ClipfsError, MountError, UsageError
 from clipfs.mounting import kernel, mountinfo
 from clipfs.mounting.options import MountOptions, Parsed, parse
+
+if TYPE_CHECKING:
+    from clipfs.mounting.daemon import Standby
 
 _USAGE = """\
 usage: mount.clipfs SPEC DIR [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]
@@ -118,9 +122,16 @@ def _obey(request: _Request) -> int:
 
     # Late, for the answers above need nothing of it.
     from clipfs.mounting.daemon import Standby
-    from clipfs.mounting.mounter import mount, record_at
 
     origin = None if request.namespace is None else _enter(request.namespace)
+    with Standby(origin) as standby:
+        return _mount(request, standby, say)
+
+
+def _mount(request: _Request, standby: Standby, say: Callable[[str], None]) -> int:
+    """standby: who is to serve it. That loads what it needs while this process does."""
+    from clipfs.mounting.mounter import mount, record_at
+
     record = record_at(mountinfo.canonical(request.directory))
     if record is not None and record.name == request.spec:
         # `mount -a` compares with the table of mounts, which says of the kernel view what EROFS mounts.
@@ -131,8 +142,7 @@ def _obey(request: _Request) -> int:
     if str(clip) != request.spec:
         # By this name it is found to be mounted already.
         options = replace(options, name=request.spec)
-    with Standby(origin) as standby:
-        mounted = mount(clip, request.directory, options, standby=standby)
+    mounted = mount(clip, request.directory, options, standby=standby)
     say(f"{clip} is mounted on {mounted.mountpoint}, served by process {mounted.pid}")
     return 0
 
@@ -152,6 +162,7 @@ def _clip(spec: str, options: MountOptions) -> Path:
 def _enter(namespace: str) -> int:
     """Change to another mount namespace (mount -N), named by a process or by a file; a descriptor of the one before."""
     # Everything is imported first: the other namespace may have no Python in it, or another.
+    from clipfs.mounting import mounter  # noqa: F401
     from clipfs.reports import metrics, reporter  # noqa: F401
 
     origin = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)

@@ -221,7 +221,7 @@ def _add_image_commands(commands: Commands[_Parser]) -> None:
 
 def _add_mount_commands(commands: Commands[_Parser]) -> None:
     parser = _command(
-        commands, "mount", "mounts", "mount an image on a directory", epilog=texts.MOUNT_OPTIONS + texts.IMAGE_NAMES
+        commands, "mount", "mount", "mount an image on a directory", epilog=texts.MOUNT_OPTIONS + texts.IMAGE_NAMES
     )
     parser.add_argument("target", metavar="X", help=_X)
     parser.add_argument("directory", metavar="DIR", type=Path, help="where; it must exist")

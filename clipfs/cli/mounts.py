@@ -1,4 +1,4 @@
-"""``clipfs mount``, ``umount`` and ``gc``."""
+"""``clipfs mount``, all of it that takes time to load, ``umount``, ``upgrade`` and ``gc``."""
 
 from __future__ import annotations
 
@@ -13,23 +13,27 @@ import assembler
 from clipfs.cli.options import clip_of, containers_dir
 from clipfs.errors import UsageError
 from clipfs.mounting import mounter
+from clipfs.mounting.daemon import Standby
 from clipfs.mounting.options import MountOptions, byte_count, endpoint, parse, prefetch, report_path
 
 
-def mount(args: argparse.Namespace) -> int:
-    """Mount, and return when the root answers; with -f serve until somebody unmounts it."""
+def mount(args: argparse.Namespace, standby: Standby) -> int:
+    """Mount, and return when the root answers. standby: who is to serve that."""
     options = mount_options(args, args.options)
-    clip = clip_of(args)
-    if args.foreground:
-        place = args.directory.absolute()
+    mounter.mount(clip_of(args), args.directory, options, standby=standby)
+    return 0
 
-        def on_ready() -> None:
-            print(f"{clip} is mounted on {place}", file=sys.stderr, flush=True)
-            _notify_manager(f"READY=1\nSTATUS={clip} is mounted on {place}")
 
-        mounter.serve(clip, place, options, on_ready)
-    else:
-        mounter.mount(clip, args.directory, options)
+def serve(args: argparse.Namespace) -> int:
+    """Mount, and serve until somebody unmounts it."""
+    options = mount_options(args, args.options)
+    clip, place = clip_of(args), args.directory.absolute()
+
+    def on_ready() -> None:
+        print(f"{clip} is mounted on {place}", file=sys.stderr, flush=True)
+        _notify_manager(f"READY=1\nSTATUS={clip} is mounted on {place}")
+
+    mounter.serve(clip, place, options, on_ready)
     return 0
 
 
