@@ -44,6 +44,8 @@ _COUNTED, _COUNTED_SHARE = 4 << 20, 1 / 256
 
 _TOTAL = struct.Struct("<Q")
 _PAGE = 4096
+# Who reads so many blocks of a span will read all of them, or all that are left.
+_MANY = 3
 # Pieces that a system call takes.
 _IOV_MAX = 1024
 
@@ -113,7 +115,7 @@ class DiskCache:
         WouldWaitError if not `wait` and the disk is needed.
         """
         try:
-            entry = self.files.get(digest, wait)
+            entry = self.files.get(digest, wait, whole=count >= _MANY)
             return [] if entry is None else entry.read(first, count, wait=wait)
         except OutdatedError:
             self._remove(digest)

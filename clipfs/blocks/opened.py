@@ -36,8 +36,9 @@ class OpenFiles:
         self._lock = threading.Lock()
         self._open: OrderedDict[bytes, tuple[Entry, float]] = OrderedDict()
 
-    def get(self, digest: bytes, wait: bool) -> Entry | None:
-        """The file of a span, None if there is none. WouldWaitError if not `wait` and the disk is needed."""
+    def get(self, digest: bytes, wait: bool, *, whole: bool = False) -> Entry | None:
+        """The file of a span, None if there is none. WouldWaitError if not `wait` and the disk is needed. whole: as
+        `Entry` has it."""
         now = time.monotonic()
         with self._lock:
             entry, due = self._open.get(digest, (None, 0.0))
@@ -49,7 +50,7 @@ class OpenFiles:
             raise WouldWaitError
         if entry is None or not entry.there:
             try:
-                entry = self._opened(digest)
+                entry = self._opened(digest, whole=whole)
             except FileNotFoundError:
                 self.forget(digest)
                 return None
@@ -81,8 +82,10 @@ class OpenFiles:
         with self._lock:
             self._open.pop(digest, None)
 
-    def _opened(self, digest: bytes) -> Entry:
-        return Entry(os.open(name_of(self._directory, digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), digest)
+    def _opened(self, digest: bytes, *, whole: bool = False) -> Entry:
+        return Entry(
+            os.open(name_of(self._directory, digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), digest, whole=whole
+        )
 
 
 def name_of(directory: str, digest: bytes) -> str:

@@ -59,7 +59,7 @@ _MANY = 32
 _LARGEST_WINDOW = 16 << 20
 
 # Addresses that read-ahead looks at in one go: the plan of a MiB of small files is some 256 pieces.
-_STEP = 1 << 20
+_STEP = 2 << 20
 
 # Of the memory, read-ahead of one reader may take a quarter: it must not push out what has not been read yet.
 _SHARE_AHEAD = 4

@@ -19,8 +19,9 @@ from clipfs.state import Process
 # The module that a worker runs.
 PROGRAM = "clipfs.mounting.worker"
 
-# Spans are decoded in threads. With an arena for each, glibc keeps half as much again of what they have freed.
-_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+# Spans are decoded in threads. With an arena for each, glibc keeps half as much again of what they have freed; and it
+# keeps ever larger pieces for itself, unless told from what size on they go back.
+_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": f"{1 << 20}", "MALLOC_TRIM_THRESHOLD_": f"{8 << 20}"}
 
 # From SIGKILL to the end of a process; only one that is stuck in the kernel needs longer.
 _DEATH_SECONDS = 5.0
