@@ -458,14 +458,21 @@ def test_a_window_that_is_elsewhere(honest: bytes, tmp_path: Path, field: int, v
         assert "window" in verdict(tmp_path / "x.clip", forge(honest, Kind.SEEKS, change))
 
 
-@pytest.mark.parametrize("seek", [3, 2**31, 2**32 - 1])
-def test_a_span_that_begins_nowhere(honest: bytes, tmp_path: Path, seek: int) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        *((0, position, "span") for position in (1, 2**48, 2**63, 2**64 - 1)),
+        *((1, seek, "begins nowhere") for seek in (3, 2**31, 2**32 - 1)),
+        *((2, taken, "span") for taken in (0, 4, 2**32 - 1)),
+    ],
+)
+def test_span_fields(honest: bytes, tmp_path: Path, field: int, value: int, words: str) -> None:
     def change(content: bytearray) -> None:
-        fields = list(SPAN.unpack_from(content, SPAN.size))
-        fields[1] = seek
-        SPAN.pack_into(content, SPAN.size, *fields)
+        fields = list(SPAN.unpack_from(content, len(content) - SPAN.size))
+        fields[field] = value
+        SPAN.pack_into(content, len(content) - SPAN.size, *fields)
 
-    assert "begins nowhere" in verdict(tmp_path / "x.clip", forge(honest, Kind.SPANS, change))
+    assert words in verdict(tmp_path / "x.clip", forge(honest, Kind.SPANS, change))
 
 
 def test_half_a_place_to_begin_at(honest: bytes, tmp_path: Path) -> None:

@@ -351,6 +351,7 @@ class TestWhatIsWrong:
             (lambda clip: poke(clip, at(clip, Kind.LAYERS) + 2, 0), "has not the one layer"),
             (lambda clip: poke(clip, at(clip, Kind.SPANS) + SPAN_RECORD.size, 1), "do not follow each other"),
             (lambda clip: poke(clip, at(clip, Kind.LAYERS) + 148, 1), "is outside of it"),
+            (lambda clip: poke(clip, at(clip, Kind.SEEKS) - SPAN_RECORD.size + 12, 1), "do not cover its data"),
         ],
     )
     def test_forgeries(self, change: Callable[[bytearray], None], words: str, small: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from clipfs.blocks.opened import OpenFiles, name_of
+from clipfs.blocks.opened import OpenFiles
 from clipfs.blocks.store import DamagedError, Entry, OutdatedError, WouldWaitError, pack
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ _LOW = 0.95
 _STALE = 3600
 
 _HEX = "[0-9a-f]"
-_NAMES = f"{_HEX * 2}/{_HEX * 62}"
+_NAMES, _PART = f"{_HEX * 2}/{_HEX * 62}", ".part"
 
 # A process counts this much, or a share of the limit, as written before it writes, and more when that is used up.
 _COUNTED, _COUNTED_SHARE = 4 << 20, 1 / 256
@@ -71,22 +71,25 @@ class Claim:
         """Write them, compressed if the cache is, and let others find them. Blocks; for a worker thread."""
         if self._path is None:
             return
+        kept = False
         with self._cache.aided():
             pieces = pack(self.digest, blocks, compress=self._cache.compress and compress)
-            if self._cache.write(self._descriptor, pieces, self._path):
-                self._path = None
-                os.close(self._descriptor)
-        self.release()
+            kept = self._cache.write(self._descriptor, pieces, self._path)
+        self._end(kept=kept)
 
     def release(self) -> None:
         """Let the next one try, if nothing was kept."""
+        self._end(kept=False)
+
+    def _end(self, *, kept: bool) -> None:
         if self._path is None:
             return
         path, self._path = self._path, None
-        # Still locked: nobody can have taken this name for another file in between.
-        with contextlib.suppress(OSError):
-            if os.stat(path).st_ino == os.fstat(self._descriptor).st_ino:
-                os.unlink(path)
+        if not kept:
+            # Still locked: nobody can have taken this name for another file in between.
+            with contextlib.suppress(OSError):
+                if os.stat(path).st_ino == os.fstat(self._descriptor).st_ino:
+                    os.unlink(path)
         os.close(self._descriptor)
 
 
@@ -94,7 +97,7 @@ class DiskCache:
     """The cache in `directory`. limit: bytes on disk, None for a tenth of the disk. Threads may share it."""
 
     def __init__(self, directory: Path, limit: int | None = None, *, compress: bool = True) -> None:
-        self.directory, self._place = directory, str(directory)
+        self.directory = directory
         self.compress = compress
         self.dropped = 0
         self._complained = False
@@ -129,7 +132,7 @@ class DiskCache:
 
     def has(self, digest: bytes) -> bool:
         """Is the span here? Whether its file is good shows when it is read: this is asked of all that an image has."""
-        return os.access(self._name(digest), os.F_OK)
+        return os.access(self.files.name(digest), os.F_OK)
 
     def open_ahead(self, digests: Iterable[bytes]) -> None:
         """Open the files of these spans that are here, as many as may be open, without counting it as a use. Blocks."""
@@ -149,7 +152,7 @@ class DiskCache:
         """Take a span upon oneself; None if another process, or another task, has done so and still is at it."""
         if not self.limit:
             return Claim(self, digest, None, -1)
-        path = f"{self._name(digest)}.part"
+        path = self._part(digest)
         try:
             while True:
                 try:
@@ -181,7 +184,7 @@ class DiskCache:
     def wait(self, digest: bytes) -> None:
         """Return when whoever has claimed the span is done with it, one way or another. Blocks; for a worker thread."""
         with contextlib.suppress(OSError):
-            descriptor = os.open(self._path(digest).with_suffix(".part"), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self._part(digest), os.O_RDONLY | os.O_CLOEXEC)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
             finally:
@@ -204,7 +207,7 @@ class DiskCache:
                 total[0] = self._evict(self.limit, least=2 * size) + size
             os.ftruncate(descriptor, 0)
             _write(descriptor, pieces)
-        os.rename(part, part.removesuffix(".part"))
+        os.rename(part, part.removesuffix(_PART))
         return True
 
     def _count(self, size: int) -> None:
@@ -251,7 +254,7 @@ class DiskCache:
         """Evict until `limit` bytes are left, and remove what dead writers left `stale` seconds ago or earlier. Returns
         the bytes that are left."""
         now = time.time()
-        for part in self.directory.glob(f"{_NAMES}.part"):
+        for part in self.directory.glob(_NAMES + _PART):
             with contextlib.suppress(OSError):
                 if now - part.stat().st_mtime >= stale:
                     claim = self.claim(bytes.fromhex(part.parent.name + part.stem))
@@ -300,10 +303,11 @@ class DiskCache:
             log.warning("the cache in %s is of limited use now: %s", self.directory, error.strerror)
 
     def _path(self, digest: bytes) -> Path:
-        return Path(self._name(digest))
+        return Path(self.files.name(digest))
 
-    def _name(self, digest: bytes) -> str:
-        return name_of(self._place, digest)
+    def _part(self, digest: bytes) -> str:
+        """Where a span is while it is being fetched."""
+        return self.files.name(digest) + _PART
 
 
 def _write(descriptor: int, pieces: Sequence[bytes]) -> None:

@@ -82,13 +82,11 @@ class OpenFiles:
         with self._lock:
             self._open.pop(digest, None)
 
+    def name(self, digest: bytes) -> str:
+        """Where the file of a span is. A string: a Path takes as long as opening it does."""
+        name = digest.hex()
+        return f"{self._directory}/{name[:2]}/{name[2:]}"
+
     def _opened(self, digest: bytes, *, whole: bool = False) -> Entry:
-        return Entry(
-            os.open(name_of(self._directory, digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), digest, whole=whole
-        )
-
-
-def name_of(directory: str, digest: bytes) -> str:
-    """Where in the cache the file of a span is. A string: a Path takes as long as opening it does."""
-    name = digest.hex()
-    return f"{directory}/{name[:2]}/{name[2:]}"
+        descriptor = os.open(self.name(digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        return Entry(descriptor, digest, whole=whole)

@@ -38,7 +38,7 @@ _MAX_BLOCKS = 1 << 16
 # Holds the table of a span of 31 MiB.
 _AT_FIRST = 4096
 
-# Holds most files whole: half of a span of 512 KiB that is compressed.
+# Holds the file of a span of a quarter of a MiB, unless nothing of it could be compressed.
 _WHOLE = 256 << 10
 
 _local = threading.local()
@@ -95,7 +95,7 @@ class Entry:
 
     def __init__(self, descriptor: int, digest: bytes, *, whole: bool = False) -> None:
         """Takes the descriptor over. DamagedError if the head is not that of a file for `digest`. whole: all blocks are
-        going to be read next."""
+        going to be read next, and come with the head."""
         self._descriptor = descriptor
         # Head and table in one go, as good as always: a cold disk takes its time for each.
         head = os.pread(descriptor, _WHOLE if whole else _AT_FIRST, 0)
