@@ -7,7 +7,6 @@ large file and many small ones alike.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 # Files begin at multiples of this many bytes: who has read one to its end goes on with the next.
@@ -23,6 +22,7 @@ _STREAMS = 64
 
 @dataclass(slots=True)
 class _Stream:
+    page: int  # where it goes on
     read: int  # bytes in a row
     ahead: int  # the address up to which everything is on its way
 
@@ -32,21 +32,19 @@ class Streams:
 
     def __init__(self, largest: int) -> None:
         self._largest = largest
-        self._streams: OrderedDict[int, _Stream] = OrderedDict()
+        self._latest = _Stream(0, 0, 0)
+        # The others, by where they go on; those that have not been heard of for longest come first.
+        self._streams: dict[int, _Stream] = {}
 
     def note(self, address: int, length: int) -> tuple[int, int] | None:
         """Somebody reads these bytes: the bytes [start, end) to be fetched now, beyond those named before.
 
         On the path of every read, so flat.
         """
-        streams, end = self._streams, address + length
-        stream = streams.pop(address >> _PAGE_SHIFT, None)
-        if stream is None:
-            streams[end + _PAGE - 1 >> _PAGE_SHIFT] = _Stream(length, end)
-            if len(streams) > _STREAMS:
-                streams.popitem(last=False)
-            return None
-        streams[end + _PAGE - 1 >> _PAGE_SHIFT] = stream
+        stream, end = self._latest, address + length
+        if stream.page != address >> _PAGE_SHIFT:
+            stream = self._turn_to(address >> _PAGE_SHIFT, end)
+        stream.page = end + _PAGE - 1 >> _PAGE_SHIFT
         stream.read += length
         if stream.read < _ENOUGH:
             return None
@@ -56,3 +54,12 @@ class Streams:
             return None
         start, stream.ahead = max(stream.ahead, end), end + window
         return (start, stream.ahead) if start < stream.ahead else None
+
+    def _turn_to(self, page: int, end: int) -> _Stream:
+        """The reader that goes on at `page`, or a new one."""
+        self._streams.pop(self._latest.page, None)
+        self._streams[self._latest.page] = self._latest
+        stream = self._latest = self._streams.pop(page, None) or _Stream(page, 0, end)
+        if len(self._streams) >= _STREAMS:
+            del self._streams[next(iter(self._streams))]
+        return stream

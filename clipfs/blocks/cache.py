@@ -22,6 +22,7 @@ class MemoryCache:
         self.limit = limit
         self.size = 0
         self._blocks: OrderedDict[Key, bytes] = OrderedDict()
+        self._newest: Key | None = None
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -29,8 +30,10 @@ class MemoryCache:
     def get(self, key: Key) -> bytes | None:
         """The block, now the most recently used."""
         block = self._blocks.get(key)
-        if block is not None:
+        # Who reads a block bit by bit comes for the same one again and again.
+        if key is not self._newest and block is not None:
             self._blocks.move_to_end(key)
+            self._newest = key
         return block
 
     def put(self, key: Key, block: bytes) -> None:
@@ -39,6 +42,7 @@ class MemoryCache:
         if old is not None:
             self.size -= len(old) + _OVERHEAD
         self._blocks[key] = block
+        self._newest = key
         self.size += len(block) + _OVERHEAD
         while self.size > self.limit:
             _, oldest = self._blocks.popitem(last=False)

@@ -100,6 +100,7 @@ class BlockReader:
         self._disk_reads = 0
         self._disk_threads = trio.CapacityLimiter(_DISK_THREADS)
         self._streams = Streams(min(_LARGEST_WINDOW, tiers.memory // _SHARE_AHEAD))
+        self._latest: Key | None = None  # the block of the last hit
         #: The spans that readers needed, in the order in which they first did.
         self.wanted: dict[tuple[int, int], None] = {}
         self._manager = trio.open_nursery()
@@ -135,8 +136,9 @@ class BlockReader:
             block = self._cache.get(key)
             if block is None:
                 return None
-            if key[:2] not in self.wanted:
-                self._note(key[:2], address, "memory")
+            if key is not self._latest:
+                self._latest = key
+                self._note_all((key,), address, "memory")
             inner += address - start
             self.counters.hit(length)
             return block[inner : inner + length]

@@ -233,11 +233,12 @@ class ClipFS(pyfuse3.Operations):
         answered before anybody else gets to run."""
         try:
             address, end = self._files.get(fh) or self._locate(fh)
-            length = min(size, end - off)
-            if length <= 0:
+            if size > end - off:
+                size = max(0, end - off)
+            if not size:
                 return b""
-            data = self._reader.try_read(address + off, length)
-            return data if data is not None else await self._reader.read(address + off, length)
+            data = self._reader.try_read(address + off, size)
+            return data if data is not None else await self._reader.read(address + off, size)
         except FUSEError:
             raise
         except Exception as error:  # noqa: BLE001  reported, and the mount lives on
