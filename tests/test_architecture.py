@@ -59,6 +59,7 @@ ORDER = (
     "clipfs.blocks.arrival",
     "clipfs.blocks.frames",
     "clipfs.blocks.keeper",
+    "clipfs.blocks.tier",
     "clipfs.blocks.flight",
     "clipfs.blocks.link",
     "clipfs.blocks.carrier",

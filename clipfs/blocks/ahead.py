@@ -59,7 +59,8 @@ class Streams:
         """The reader that goes on at `page`, or a new one."""
         self._streams.pop(self._latest.page, None)
         self._streams[self._latest.page] = self._latest
-        stream = self._latest = self._streams.pop(page, None) or _Stream(page, 0, end)
+        found = self._streams.pop(page, None)
+        self._latest = found or _Stream(page, 0, end)
         if len(self._streams) >= _STREAMS:
             del self._streams[next(iter(self._streams))]
-        return stream
+        return self._latest

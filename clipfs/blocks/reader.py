@@ -10,8 +10,6 @@ looking for blocks and joining them.
 from __future__ import annotations
 
 import contextlib
-import math
-import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -25,12 +23,13 @@ import trio
 from clipfs.blocks.ahead import Streams
 from clipfs.blocks.cache import MemoryCache
 from clipfs.blocks.counters import Counters
-from clipfs.blocks.disk import DiskCache, WouldWaitError
+from clipfs.blocks.disk import DiskCache
 from clipfs.blocks.flight import Flight, SpanFetcher
 from clipfs.blocks.flights import Flights
 from clipfs.blocks.journal import Journal
-from clipfs.blocks.plan import BLOCK, IndexView, Key, Piece, join, plan, runs
+from clipfs.blocks.plan import BLOCK, IndexView, Key, Piece, join, plan
 from clipfs.blocks.prefetch import prefetch
+from clipfs.blocks.tier import DiskTier
 from clipfs.errors import ClipfsError
 
 DEFAULT_MEMORY = 64 << 20
@@ -39,21 +38,6 @@ DEFAULT_MEMORY = 64 << 20
 # or two pieces a block and small files 16, but a sparse one may have as many as it has bytes.
 _PIECES = 1 << 16
 _SHIFT = BLOCK.bit_length() - 1
-
-# Blocks that are decompressed on the loop rather than in a thread: each takes 0.04 ms, a thread and back twice
-# as much, and a read of 128 KiB that is not aligned has three.
-_AT_ONCE = 3
-
-# Threads that look on the disk at once. They wait more than they decompress: with 8, a large file comes a fifth faster
-# than with one a core.
-_DISK_THREADS = 8
-
-# A disk that answers in less than this many seconds, on average of late, is waited for on the loop, for that reason.
-# Each answer counts for a tenth of the average, so that a slow one sends the next dozen to threads.
-_QUICK, _LATE = 0.0005, 0.1
-
-# After so many reads that waited for the disk, more of them will follow: all files of the image are opened meanwhile.
-_MANY = 32
 
 # Bytes that read-ahead goes ahead at most: 64 MiB/s at a round trip of a quarter of a second.
 _LARGEST_WINDOW = 16 << 20
@@ -90,15 +74,12 @@ class BlockReader:
         self.counters = counters
         self.journal = journal or Journal()
         self._index = index
-        self._disk = tiers.disk if tiers.disk is not None and tiers.disk.limit else None
+        disk = tiers.disk if tiers.disk is not None and tiers.disk.limit else None
         self._cache = MemoryCache(tiers.memory)
-        self.flights = Flights(index.layers, fetcher, self._cache, self._disk, counters, self.journal)
+        self.flights = Flights(index.layers, fetcher, self._cache, disk, counters, self.journal)
+        self._disk = DiskTier(disk, index.layers, self._cache, self.flights.keeper, counters) if disk else None
         self._plans: dict[int, tuple[list[int], list[Piece]]] = {}
         self._planned = 0  # pieces in them
-        self._loading: dict[Key, trio.Event] = {}
-        self._disk_seconds = math.inf  # that it takes to answer
-        self._disk_reads = 0
-        self._disk_threads = trio.CapacityLimiter(_DISK_THREADS)
         self._streams = Streams(min(_LARGEST_WINDOW, tiers.memory // _SHARE_AHEAD))
         self._latest: Key | None = None  # the block of the last hit
         #: The spans that readers needed, in the order in which they first did.
@@ -146,13 +127,13 @@ class BlockReader:
 
     async def read(self, address: int, length: int) -> bytes:
         """The bytes. Raises ClipfsError if they cannot be had, or are not those that the index demands."""
-        pieces = plan(self._index, address, length)
+        pieces = self._pieces(address, length)
         blocks, missing = self._in_memory(pieces)
         self._note_all(blocks, address, "memory")
         tier = "memory"
         if missing and self._disk is not None:
             tier, found = "disk", len(blocks)
-            missing = await self._from_disk(self._disk, missing, blocks)
+            missing = await self._disk.read(missing, blocks)
             self._note_all(islice(blocks, found, None), address, "disk")
         # Taken from the flights and not from the cache, which may be smaller than what is asked for.
         if missing:
@@ -161,7 +142,7 @@ class BlockReader:
             await self._fly(missing, blocks)
         self.counters.missed(length, tier=tier)
         if tier == "disk" and self._disk is not None:
-            self._open_ahead(self._disk)
+            self._disk.waited()
         await trio.lowlevel.checkpoint_if_cancelled()
         return join(pieces, blocks)
 
@@ -179,6 +160,14 @@ class BlockReader:
         except ClipfsError:
             self.counters.failed()
             raise
+
+    def _pieces(self, address: int, length: int) -> list[Piece]:
+        """As `plan` has it. Who comes from `try_read` finds that one piece again, as a rule."""
+        starts, pieces = self._plans.get(address >> _SHIFT) or self._remember(address >> _SHIFT)
+        start, stop, key, inner = pieces[bisect_right(starts, address) - 1]
+        if address + length <= stop:
+            return [Piece(address, address + length, key, inner + address - start)]
+        return plan(self._index, address, length)
 
     def _remember(self, region: int) -> tuple[list[int], list[Piece]]:
         """The plan for addresses [region * BLOCK, (region + 1) * BLOCK), and where its pieces start."""
@@ -221,71 +210,6 @@ class BlockReader:
         self.wanted[span] = None
         self.journal.wanted(*span, address, tier)
 
-    # --- the disk
-
-    async def _from_disk(self, disk: DiskCache, keys: list[Key], blocks: dict[Key, bytes]) -> list[Key]:
-        """Take what the disk has into `blocks` and into memory. Returns the keys of what it has not."""
-        await self._loaded(keys)
-        found = {key: block for key in keys if (block := self._cache.get(key) or self._unwritten(key)) is not None}
-        rest = [key for key in keys if key not in found]
-        # If others wait, too, threads are better: a disk can do several things at a time.
-        quick = self._disk_seconds < _QUICK and not self._loading
-        try:
-            if len(rest) > _AT_ONCE:
-                raise WouldWaitError
-            found |= self._keep(self._look_up(disk, rest, wait=quick))
-        except WouldWaitError:
-            found |= await self._load(disk, rest)
-        blocks.update(found)
-        return [key for key in rest if key not in found]
-
-    def _open_ahead(self, disk: DiskCache) -> None:
-        """Somebody has waited for the disk."""
-        self._disk_reads += 1
-        if self._disk_reads == _MANY:
-            spans = [layer.spans for layer in self._index.layers]
-            self.flights.keeper.open_ahead(disk, (each.digest(at) for each in spans for at in range(len(each))))
-
-    def _unwritten(self, key: Key) -> bytes | None:
-        layer, number, at = key
-        return self.flights.keeper.unwritten(self._index.layers[layer].spans.digest(number), at)
-
-    async def _loaded(self, keys: list[Key]) -> None:
-        """Wait for those blocks that somebody else is loading from the disk."""
-        while events := {id(event): event for key in keys if (event := self._loading.get(key)) is not None}:
-            for event in events.values():
-                await event.wait()
-
-    async def _load(self, disk: DiskCache, keys: list[Key]) -> dict[Key, bytes]:
-        """In a thread, what the disk has of these; who wants the same meanwhile waits."""
-        done = trio.Event()
-        self._loading.update(dict.fromkeys(keys, done))
-        try:
-            return self._keep(await trio.to_thread.run_sync(self._look_up, disk, keys, limiter=self._disk_threads))
-        finally:
-            for key in keys:
-                if self._loading.get(key) is done:
-                    del self._loading[key]
-            done.set()
-
-    def _keep(self, found: dict[Key, bytes]) -> dict[Key, bytes]:
-        self.counters.from_disk(len(found))
-        for key, block in found.items():
-            self._cache.put(key, block)
-        return found
-
-    def _look_up(self, disk: DiskCache, keys: list[Key], wait: bool = True) -> dict[Key, bytes]:
-        """What the disk has of these. wait: else WouldWaitError, if it has to be waited for."""
-        began = time.perf_counter()
-        found = {}
-        for layer, number, first, count in runs(keys):
-            blocks = disk.read(self._index.layers[layer].spans.digest(number), first, count, wait=wait)
-            found.update({(layer, number, at): block for at, block in enumerate(blocks, first)})
-        if wait and len(keys) <= _AT_ONCE:
-            seconds, average = time.perf_counter() - began, self._disk_seconds
-            self._disk_seconds = seconds if math.isinf(average) else average + (seconds - average) * _LATE
-        return found
-
     # --- ahead of the reader
 
     async def _read_ahead(self, start: int, end: int) -> None:
@@ -297,7 +221,7 @@ class BlockReader:
             with contextlib.suppress(ClipfsError):
                 _, missing = self._in_memory(plan(self._index, at, min(_STEP, end - at)))
                 if missing and self._disk is not None:
-                    missing = await self._from_disk(self._disk, missing, {})
+                    missing = await self._disk.read(missing, {})
                 spans.update(dict.fromkeys((layer, number) for layer, number, _ in missing))
 
         async with trio.open_nursery() as nursery:
@@ -320,9 +244,9 @@ class BlockReader:
         for layer, number in spans:
             length = self._index.layers[layer].spans[number].length
             room -= length
-            if room < 0 or self._disk_reads >= _MANY:
+            if room < 0 or self._disk.busy:
                 break
-            await self._from_disk(self._disk, [(layer, number, at) for at in range(-(-length // BLOCK))], {})
+            await self._disk.read([(layer, number, at) for at in range(-(-length // BLOCK))], {})
 
 
 async def _taken(flight: Flight, numbers: Sequence[int]) -> dict[Key, bytes]:

@@ -16,7 +16,7 @@ import struct
 import threading
 from array import array
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import zstandard
 from isal import isal_zlib
@@ -74,12 +74,10 @@ def _squeezed(blocks: Sequence[bytes]) -> list[bytes]:
     ]
 
 
-def _unsqueezed(frames: Sequence[memoryview], lengths: Sequence[int]) -> list[bytes]:
+def _unsqueezed(frames: Sequence[bytes | bytearray | memoryview], lengths: Sequence[int]) -> list[bytes]:
     """The blocks of these lengths, in one call as well. ZstdError if the frames are of others."""
     if not hasattr(_local, "decompressor"):
         _local.decompressor = zstandard.ZstdDecompressor()
-    if not frames:
-        return []
     if len(frames) == 1:
         return [_local.decompressor.decompress(frames[0], max_output_size=lengths[0])]
     sizes = array("Q", lengths)
@@ -140,25 +138,31 @@ class Entry:
         size = offsets[stop] - start
         known, self._known = self._known, b""
         if start + size <= len(known):
-            data = memoryview(known)[start : start + size]
+            data: bytes | bytearray | memoryview = memoryview(known)[start : start + size]
         else:
-            data = memoryview(os.pread(self._descriptor, size, start) if wait else self._cached(size, start))
+            data = os.pread(self._descriptor, size, start) if wait else self._cached(size, start)
         if len(data) != size:
             raise DamagedError
-        stored = [data[offsets[at] - start : offsets[at + 1] - start] for at in range(first, stop)]
-        if any(isal_zlib.crc32(block) != self._crcs[at] for at, block in enumerate(stored, first)):
-            raise DamagedError
+        # One that is alone is taken as it came, and then not copied if it is not compressed.
+        view = memoryview(data)
+        ends = offsets[first : stop + 1]
+        stored: list[bytes | bytearray | memoryview]
+        stored = [data] if count == 1 else [view[at - start : end - start] for at, end in pairwise(ends)]
+        for block, crc in zip(stored, self._crcs[first:stop], strict=True):
+            if isal_zlib.crc32(block) != crc:
+                raise DamagedError
         lengths = [min(BLOCK, self.length - at * BLOCK) for at in range(first, stop)]
-        whole = {at: bytes(block) for at, block in enumerate(stored) if len(block) == lengths[at]}
-        others = [at for at in range(count) if at not in whole]
-        try:
-            plain = _unsqueezed([stored[at] for at in others], [lengths[at] for at in others])
-        except zstandard.ZstdError:
-            raise DamagedError from None
-        whole.update(zip(others, plain, strict=True))
-        if any(len(whole[at]) != lengths[at] for at in range(count)):
-            raise DamagedError
-        return [whole[at] for at in range(count)]
+        packed = [at for at in range(count) if len(stored[at]) != lengths[at]]
+        if packed:
+            try:
+                plain = _unsqueezed([stored[at] for at in packed], [lengths[at] for at in packed])
+            except zstandard.ZstdError:
+                raise DamagedError from None
+            for at, block in zip(packed, plain, strict=True):
+                if len(block) != lengths[at]:
+                    raise DamagedError
+                stored[at] = block
+        return [bytes(block) for block in stored]
 
     def _cached(self, size: int, offset: int) -> bytearray:
         data = bytearray(size)
