@@ -55,6 +55,7 @@ ORDER = (
     "clipfs.blocks.ahead",
     "clipfs.blocks.store",
     "clipfs.blocks.opened",
+    "clipfs.blocks.locks",
     "clipfs.blocks.disk",
     "clipfs.blocks.arrival",
     "clipfs.blocks.frames",

@@ -1,8 +1,8 @@
 """Verified blocks on disk: a directory that all mounts of a user share, bounded in bytes, least recently used first.
 
 A span is a file named after the SHA-256 of its decoded bytes, so that images share what they have in common. It is
-written aside, as ``NAME.part``, and renamed. Whoever fetches a span holds a lock on that file, so that of all processes
-that miss it one fetches it and the others wait; the kernel lets go of the lock when its holder dies.
+written aside, as ``NAME.part``, and renamed. Whoever fetches a span holds its lock, so that of all processes that miss
+it one fetches it and the others wait.
 
 The cache is an aid: whatever goes wrong with the disk is said once, and then bytes are served without it.
 """
@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from clipfs.blocks.locks import SpanLocks
 from clipfs.blocks.opened import OpenFiles
 from clipfs.blocks.store import DamagedError, Entry, OutdatedError, WouldWaitError, pack
 
@@ -62,35 +63,24 @@ class Stored(NamedTuple):
 class Claim:
     """The right, and the duty, to fetch a span: `keep` its blocks or `release` it. Both end it."""
 
-    def __init__(self, cache: DiskCache, digest: bytes, path: str | None, descriptor: int) -> None:
-        """path, descriptor: of the file that is written aside, locked and empty; None if nothing can be kept."""
+    def __init__(self, cache: DiskCache, digest: bytes, *, locked: bool) -> None:
+        """locked: by us; otherwise nothing can be kept."""
         self.digest = digest
-        self._cache, self._path, self._descriptor = cache, path, descriptor
+        self._cache, self._locked = cache, locked
 
     def keep(self, blocks: Sequence[bytes], *, compress: bool = True) -> None:
         """Write them, compressed if the cache is, and let others find them. Blocks; for a worker thread."""
-        if self._path is None:
+        if not self._locked:
             return
-        kept = False
         with self._cache.aided():
-            pieces = pack(self.digest, blocks, compress=self._cache.compress and compress)
-            kept = self._cache.write(self._descriptor, pieces, self._path)
-        self._end(kept=kept)
+            self._cache.write(self.digest, pack(self.digest, blocks, compress=self._cache.compress and compress))
+        self.release()
 
     def release(self) -> None:
         """Let the next one try, if nothing was kept."""
-        self._end(kept=False)
-
-    def _end(self, *, kept: bool) -> None:
-        if self._path is None:
-            return
-        path, self._path = self._path, None
-        if not kept:
-            # Still locked: nobody can have taken this name for another file in between.
-            with contextlib.suppress(OSError):
-                if os.stat(path).st_ino == os.fstat(self._descriptor).st_ino:
-                    os.unlink(path)
-        os.close(self._descriptor)
+        if self._locked:
+            self._locked = False
+            self._cache.locks.release(self.digest)
 
 
 class DiskCache:
@@ -107,6 +97,7 @@ class DiskCache:
             room = os.statvfs(directory)
             self.limit = int(room.f_blocks * room.f_frsize * _SHARE) if limit is None else limit
         self.files = OpenFiles(directory, self.limit)
+        self.locks = SpanLocks(directory / "locks")
         self._counting = threading.Lock()
         self._counted = 0  # bytes that this process may write before it counts again
 
@@ -146,65 +137,45 @@ class DiskCache:
 
     def claim(self, digest: bytes) -> Claim | None:
         """Take a span upon oneself; None if another process, or another task, has done so and still is at it."""
-        if not self.limit:
-            return Claim(self, digest, None, -1)
-        path = self._part(digest)
-        try:
-            while True:
-                try:
-                    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-                except FileNotFoundError:
-                    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-                    continue
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    mine = os.fstat(descriptor)
-                    if os.stat(path).st_ino == mine.st_ino:
-                        if mine.st_size:
-                            os.ftruncate(descriptor, 0)  # a writer died
-                        return Claim(self, digest, path, descriptor)
-                except BlockingIOError:
-                    os.close(descriptor)
+        locked = False
+        if self.limit:
+            try:
+                if not self.locks.take(digest):
                     return None
-                except FileNotFoundError:
-                    pass
-                except BaseException:
-                    os.close(descriptor)
-                    raise
-                # Somebody has just finished with this file and renamed or removed it: the next one is free.
-                os.close(descriptor)
-        except OSError as error:
-            self._complain(error)
-            return Claim(self, digest, None, -1)
+                locked = True
+            except OSError as error:
+                self._complain(error)
+        return Claim(self, digest, locked=locked)
 
     def wait(self, digest: bytes) -> None:
         """Return when whoever has claimed the span is done with it, one way or another. Blocks; for a worker thread."""
         with contextlib.suppress(OSError):
-            descriptor = os.open(self._part(digest), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
-            finally:
-                os.close(descriptor)
+            self.locks.wait(digest)
 
-    def write(self, descriptor: int, pieces: Sequence[bytes], part: str) -> bool:
-        """Make `part`, open, locked and empty as `descriptor`, a file of the cache. False if it is too large for that;
-        OSError if the disk does not take it."""
+    def write(self, digest: bytes, pieces: Sequence[bytes]) -> None:
+        """Make a file of the cache, for who holds the span's lock; unless it is too large for that. OSError if the disk
+        does not take it, of which nothing is left then."""
         size = _on_disk(sum(map(len, pieces)))
         if size > self.limit // 2:
-            return False  # It would push out most of what is here, or does not fit at all.
+            return  # It would push out most of what is here, or does not fit at all.
+        name = self.files.name(digest)
+        part = name + _PART
         self._count(size)
         try:
-            _write(descriptor, pieces)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            # Others have filled the disk. Giving up as much as this needs is fair, trying twice would not be.
-            with self._total() as total:
-                total[0] = self._evict(self.limit, least=2 * size) + size
-            os.ftruncate(descriptor, 0)
-            _write(descriptor, pieces)
-        os.rename(part, part.removesuffix(_PART))
-        return True
+            try:
+                _write(part, pieces)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                # Others have filled the disk. Giving up as much as this needs is fair, trying twice would not be.
+                with self._total() as total:
+                    total[0] = self._evict(self.limit, least=2 * size) + size
+                _write(part, pieces)
+            os.rename(part, name)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+            raise
 
     def _count(self, size: int) -> None:
         """So many bytes will be written. They are counted before they can be found: a process that is killed leaves the
@@ -255,7 +226,10 @@ class DiskCache:
                 if now - part.stat().st_mtime >= stale:
                     claim = self.claim(bytes.fromhex(part.parent.name + part.stem))
                     if claim is not None:
-                        claim.release()
+                        try:
+                            part.unlink()
+                        finally:
+                            claim.release()
         with self._total() as total:
             total[0] = self._evict(limit)
             return total[0]
@@ -301,19 +275,24 @@ class DiskCache:
     def _path(self, digest: bytes) -> Path:
         return Path(self.files.name(digest))
 
-    def _part(self, digest: bytes) -> str:
-        """Where a span is while it is being fetched."""
-        return self.files.name(digest) + _PART
 
-
-def _write(descriptor: int, pieces: Sequence[bytes]) -> None:
+def _write(path: str, pieces: Sequence[bytes]) -> None:
     """All in one call, as a rule: between two, this thread would have to wait for its turn in the interpreter."""
-    written = os.pwritev(descriptor, pieces[:_IOV_MAX], 0)
-    if written == sum(map(len, pieces)):
-        return
-    whole = memoryview(b"".join(pieces))
-    while written < len(whole):
-        written += os.pwrite(descriptor, whole[written:], written)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        descriptor = os.open(path, flags, 0o600)
+    try:
+        written = os.pwritev(descriptor, pieces[:_IOV_MAX], 0)
+        if written == sum(map(len, pieces)):
+            return
+        whole = memoryview(b"".join(pieces))
+        while written < len(whole):
+            written += os.pwrite(descriptor, whole[written:], written)
+    finally:
+        os.close(descriptor)
 
 
 def _on_disk(size: int) -> int:
