@@ -5,6 +5,7 @@ A capability that is missing skips a test on a developer's machine and fails it 
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from benchmarks import demo
+from clipfs.blocks import link
 from clipfs.mounting import daemon
 from tests.leftovers import Places, nothing_left_behind
 
@@ -68,6 +70,12 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
             patch.setattr(daemon, "_alone", lambda: True)
             yield Places(base, Path(os.environ["CLIPFS_STATE"]), temporary, Path(os.environ["CLIPFS_CACHE"], "scratch"))
             assert list(temporary.iterdir()) == []
+
+
+@pytest.fixture
+def near(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow this machine is: nothing that a test counts is asked for because its source seems to be far away."""
+    monkeypatch.setattr(link, "_FAR", math.inf)
 
 
 @pytest.fixture(autouse=True)

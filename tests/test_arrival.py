@@ -87,7 +87,7 @@ class TestLink:
         link.note(1 << 20, 0.001, 0.011)
         assert link.further == 0
 
-    @pytest.mark.parametrize(("rate", "further"), [(1e5, 7_000), (3e6, 210_000), (1e9, 400 << 10)])
+    @pytest.mark.parametrize(("rate", "further"), [(1e5, 7_000), (3e6, 210_000), (1e9, 1600 << 10)])
     def test_it_is_busy_for_a_while_and_not_with_too_much(self, rate: float, further: int) -> None:
         link = Link()
         link.note(150_000, 0.02, 0.02 + 150_000 / rate)
@@ -107,4 +107,4 @@ class TestLink:
     def test_all_at_once(self) -> None:
         link = Link()
         link.note(1000, 0.02, 0.02)
-        assert link.further == 400 << 10
+        assert link.further == 1600 << 10

@@ -24,6 +24,8 @@ from tests.images import Compression, compress
 from tests.streams import KB, MB, mixed, noise, scanned
 from tests.views import FakeFetcher, FakeIndex, Spans, View, flipped, places, raising
 
+pytestmark = pytest.mark.usefixtures("near")
+
 SECONDS = 20
 PLAIN = mixed(5 * MB)
 GZIP = View.of(compress(PLAIN, "gzip"), Codec.GZIP, 4 * MB)
@@ -38,12 +40,6 @@ def index() -> FakeIndex:
 @pytest.fixture
 def fetcher(index: FakeIndex) -> FakeFetcher:
     return FakeFetcher(index)
-
-
-@pytest.fixture(autouse=True)
-def near(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However slow this machine is: nothing that a test counts is asked for because its source seems to be far away."""
-    monkeypatch.setattr(link, "_FAR", math.inf)
 
 
 def damaged_at_1() -> View:

@@ -28,6 +28,7 @@ from tests.oracle import differences, picture
 from tests.web import Handler, Reply, Request, serving
 
 pytest_plugins = ["tests.mount_fixtures"]
+pytestmark = pytest.mark.usefixtures("near")
 
 
 @pytest.fixture(scope="session")

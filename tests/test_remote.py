@@ -23,6 +23,7 @@ _BLOB = re.compile(r'"GET /v2/demo/app/blobs/(sha256:[0-9a-f]{64}) HTTP/1\.1" ([
 
 
 pytest_plugins = ["tests.mount_fixtures"]
+pytestmark = pytest.mark.usefixtures("near")
 
 
 class Access(TypedDict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,7 +13,7 @@ import pytest
 import trio
 
 import clipfs
-from clipfs.blocks import journal, link, trace
+from clipfs.blocks import journal, trace
 from clipfs.blocks.ahead import Streams
 from clipfs.blocks.counters import Counters
 from clipfs.blocks.disk import DiskCache
@@ -24,6 +23,8 @@ from clipfs.errors import IntegrityError, SourceError, UsageError
 from clipfs.format.index import Index
 from tests.images import Compression, LayoutBuilder
 from tests.tars import Tar
+
+pytestmark = pytest.mark.usefixtures("near")
 
 MB = 1 << 20
 SECONDS = 30
@@ -99,12 +100,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Compr
     yield lambda compression: made[compression]
     for each in made.values():
         each.index.close()
-
-
-@pytest.fixture(autouse=True)
-def near(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However slow this machine is: nothing that a test counts is asked for because its source seems to be far away."""
-    monkeypatch.setattr(link, "_FAR", math.inf)
 
 
 @asynccontextmanager
