@@ -2,7 +2,8 @@
 
 The loop reads a message, looks into the same index, packs the answer and writes it. It does nothing else: it knows no
 errors, cannot wait for data, and is nobody's mount. ``python -m benchmarks.raw_loop CLIP FILE MOUNTPOINT`` is that
-loop; FILE has the contents of the one file of which the first 64 KiB can be read from it.
+loop; FILE has the contents of the one file of which the first 64 KiB can be read from it. Without a FILE, it is
+pyfuse3's loop that serves, and each read is answered with the same bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import cast
+
+import pyfuse3
+import trio
 
 import clipfs
 from benchmarks.goals import at_most
@@ -25,10 +30,12 @@ from benchmarks.measure import CLIPFS, Row, Section, rounds
 from benchmarks.programs import one_core, served
 from benchmarks.workload import BIG, Workload, small_files
 from clipfs.format.index import Index, Node
-from clipfs.mounting import connection, kernel
+from clipfs.mounting import connection, kernel, loop
+from clipfs.mounting.fs import ClipFS, Reader
 from clipfs.mounting.options import MountOptions
 
 BARE = "bare loop"
+EMPTY = "pyfuse3, empty handler"
 
 # A reply may take this much longer from clipfs.
 _MOST = 1.3
@@ -42,6 +49,7 @@ _EMPTY_PATH, _FORCE_SYNC, _BASIC = 0x1000, 0x2000, 0x7FF
 
 # The block that reads find warm, and what they read of it at a time.
 _BLOCK, _PAGE = 1 << 16, 4096
+_BYTES = bytes(_PAGE)
 
 # linux/fuse.h: heads of messages, and what follows them.
 _LOOKUP, _GETATTR, _OPEN, _READ, _RELEASE = 1, 3, 14, 15, 18
@@ -79,18 +87,21 @@ def requests(workload: Workload) -> Section:
     }
     rows = []
     for name, act in ways.items():
+        if act.func is _read:
+            peers[EMPTY] = partial(empty_handler, clip, mountpoint)
         with one_core():
             samples = rounds(workload.size.rounds, name, {p: partial(_timed, act, m) for p, m in peers.items()})
         rows.append(Row(f"request: {name}", "requests/s", samples, BARE, "FUSE requests", _WHY))
     mountpoint.rmdir()
+    least = {row.name: (EMPTY, 1 / row.ratio(EMPTY)) for row in rows if EMPTY in row.samples}
     times = {row.name: 1 / row.ratio() for row in rows}
     text = (
         "What one request costs that the kernel cannot answer itself, from the system call to its result, with clipfs "
         "as the FUSE view. The bare loop is the least that Python can do: it reads a message from `/dev/fuse`, looks "
-        "into the same index, and writes the answer; it has no errors, no waiting and no accounts. Both share one core "
-        "with who asks."
+        "into the same index, and writes the answer; it has no errors, no waiting and no accounts. The *empty handler* "
+        "is the least that pyfuse3 can do: it answers each read with the same bytes. All share one core with who asks."
     )
-    outcomes = [at_most(name, _MOST, found, f"× {BARE}", _WHY) for name, found in times.items()]
+    outcomes = [at_most(name, _MOST, found, f"× {BARE}", _WHY, least=least.get(name)) for name, found in times.items()]
     return Section.of("A request", text, rows, outcomes)
 
 
@@ -142,6 +153,30 @@ def _ours(clip: Path, mountpoint: Path) -> Iterator[Path]:
 def bare_loop(clip: Path, file: Path, mountpoint: Path) -> AbstractContextManager[Path]:
     """That loop as a mount."""
     return served(mountpoint, sys.executable, "-m", "benchmarks.raw_loop", clip, file, mountpoint)
+
+
+def empty_handler(clip: Path, mountpoint: Path) -> AbstractContextManager[Path]:
+    """pyfuse3 with nothing to do, as a mount."""
+    return served(mountpoint, sys.executable, "-m", "benchmarks.raw_loop", clip, mountpoint)
+
+
+class _Empty(ClipFS):
+    """Reads are answered with the same bytes, wherever they are from."""
+
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        del fh, off, size
+        return _BYTES
+
+
+def serve_empty(clip: str, mountpoint: str) -> None:
+    """Mount, and answer until the unmount."""
+    fuse, mount = connection.detached("raw", MountOptions())
+    kernel.attach(mount, mountpoint)
+    os.close(mount)
+    with Index.open(clip) as index:
+        pyfuse3.init(_Empty(index, cast(Reader, None)), f"/dev/fd/{fuse.descriptor}", {"fsname=raw"})
+        loop.install()
+        trio.run(pyfuse3.main)
 
 
 # --- the loop
@@ -226,4 +261,4 @@ def _attributes(node: Node) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    serve(*sys.argv[1:])
+    (serve if len(sys.argv) == 4 else serve_empty)(*sys.argv[1:])
