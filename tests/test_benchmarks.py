@@ -154,6 +154,15 @@ def test_a_goal_that_the_kernel_misses_too_is_out_of_reach(
     assert not goals.as_fast(row, "ext4", 9, "It is slow.", best=("ext4",)).out_of_reach
 
 
+@pytest.mark.parametrize(
+    ("found", "least", "verdict"), [(1.2, 1.1, "met"), (1.5, 1.2, "missed"), (1.5, 1.4, "out of reach")]
+)
+def test_a_limit_that_those_who_do_the_least_exceed_is_out_of_reach(found: float, least: float, verdict: str) -> None:
+    outcome = goals.at_most("a row", 1.3, found, "×", "It is slow.", least=("an idler", least))
+    assert verdict == ("met" if outcome.met else "out of reach" if outcome.out_of_reach else "missed")
+    assert outcome.evidence == f"an idler has {least:.2f}×"
+
+
 def test_a_link_has_the_bandwidth_and_the_round_trip_that_it_claims(tmp_path: Path) -> None:
     rate, round_trip, size = 20e6, 0.02, 4 << 20
 
