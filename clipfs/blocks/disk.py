@@ -72,9 +72,11 @@ class Claim:
         """Write them, compressed if the cache is, and let others find them. Blocks; for a worker thread."""
         if not self._locked:
             return
-        with self._cache.aided():
-            self._cache.write(self.digest, pack(self.digest, blocks, compress=self._cache.compress and compress))
-        self.release()
+        try:
+            with self._cache.aided():
+                self._cache.write(self.digest, pack(self.digest, blocks, compress=self._cache.compress and compress))
+        finally:
+            self.release()
 
     def release(self) -> None:
         """Let the next one try, if nothing was kept."""
