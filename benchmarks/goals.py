@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from benchmarks.measure import CLIPFS, Row, number, table
 
@@ -75,10 +75,15 @@ def at_most(
 ) -> Outcome:
     """A number that should not be larger than another, as "0.4 s". least: who does least, and what it takes them."""
     share = wanted / found if found > 0 else float("inf")
-    outcome = Outcome(name, f"{what} ≤ {wanted:g}{unit}", f"{number(found) if found > 0 else '0'}{unit}", share, why)
-    if least is None:
-        return outcome
-    return replace(outcome, ceiling=wanted / least[1], evidence=f"{least[0]} has {number(least[1])}×")
+    return Outcome(
+        name,
+        f"{what} ≤ {wanted:g}{unit}",
+        f"{number(found) if found > 0 else '0'}{unit}",
+        share,
+        why,
+        wanted / least[1] if least else 0.0,
+        f"{least[0]} has {number(least[1])}×" if least else "–",
+    )
 
 
 def more_than(row: Row, peer: str, who: str = CLIPFS) -> float:

@@ -143,15 +143,13 @@ class DiskCache:
 
     def claim(self, digest: bytes) -> Claim | None:
         """Take a span upon oneself; None if another process, or another task, has done so and still is at it."""
-        locked = False
-        if self.limit:
-            try:
-                if not self.locks.take(digest):
-                    return None
-                locked = True
-            except OSError as error:
-                self._complain(error)
-        return Claim(self, digest, locked=locked)
+        if not self.limit:
+            return Claim(self, digest, locked=False)
+        try:
+            return Claim(self, digest, locked=True) if self.locks.take(digest) else None
+        except OSError as error:
+            self._complain(error)
+            return Claim(self, digest, locked=False)
 
     def wait(self, digest: bytes) -> None:
         """Return when whoever has claimed the span is done with it, one way or another. Blocks; for a worker thread."""
