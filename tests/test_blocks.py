@@ -236,6 +236,17 @@ class TestSharing:
             assert await reader.read(0, 10) == PLAIN[:10]
         assert len(fetcher.ranges) == 1
 
+    @pytest.mark.parametrize("why", ["read", "ahead", "all"])
+    async def test_what_came_after_it_was_looked_for_is_not_fetched_again(
+        self, index: FakeIndex, fetcher: FakeFetcher, why: str
+    ) -> None:
+        async with reading(index, fetcher) as reader:
+            await reader.read(0, 10)
+            (flight,) = reader.flights.board([(0, 0)], why)
+            assert b"".join(await flight.blocks()) == PLAIN[: GZIP.spans[0].length]
+        assert len(fetcher.ranges) == 1
+        assert reader.counters.asdict()["spans_decoded"] == 1
+
     async def test_closing_does_not_leave_anybody_waiting(self, index: FakeIndex, fetcher: FakeFetcher) -> None:
         fetcher.gate = trio.Event()
         outcomes: list[str] = []

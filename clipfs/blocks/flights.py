@@ -98,7 +98,8 @@ class Flights:
         await self._calm.wait()
 
     def board(self, spans: Iterable[tuple[int, int]], why: str = "read") -> list[Flight]:
-        """The flights that bring these spans: those under way, and new ones for the rest.
+        """The flights that bring these spans: those under way, those that have come since they were looked for, and new
+        ones for the rest.
 
         why: ``read`` if somebody waits for them, or else what they are fetched ahead for.
         """
@@ -109,7 +110,11 @@ class Flights:
             flight = self._flights.get((layer, number))
             if flight is None:
                 flight = self._flight(layer, number, wanted=why == "read")
-                fresh.append(flight)
+                blocks = self._remembered(flight)
+                if blocks is None:
+                    fresh.append(flight)
+                else:
+                    flight.land(blocks)
             boarded.append(flight)
         for flight in fresh:
             self._flights[flight.layer, flight.number] = flight
@@ -143,6 +148,16 @@ class Flights:
         key = flight.layer, flight.number
         on_disk = self._disk is not None and self._disk.has(flight.span.digest)
         return key in self._flights or on_disk or self._memory.get((*key, 0)) is not None
+
+    def _remembered(self, flight: Flight) -> list[bytes] | None:
+        """All blocks of a span, if memory has them."""
+        blocks = []
+        for at in range(-(-flight.span.length // BLOCK)):
+            block = self._memory.get((flight.layer, flight.number, at))
+            if block is None:
+                return None
+            blocks.append(block)
+        return blocks
 
     async def _fly(self, group: list[Flight], why: str) -> None:
         """Bring spans that lie together. Errors go to those who wait, and end nothing else."""
