@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from assembler.command import first_read
     from assembler.container import Container
     from assembler.errors import RunError
     from assembler.events import Events
@@ -34,6 +35,7 @@ _HOME = {
     "RunError": "errors",
     "RunOptions": "options",
     "Volume": "options",
+    "first_read": "command",
     "gc": "garbage",
     "run": "runner",
     "run_in": "runner",
@@ -49,6 +51,7 @@ __all__ = [
     "RunError",
     "RunOptions",
     "Volume",
+    "first_read",
     "gc",
     "run",
     "run_in",

@@ -17,13 +17,14 @@ from typing import Literal
 
 import clipfs
 from assembler import kernel
+from assembler.command import command
 from assembler.container import Container
 from assembler.errors import RunError
 from assembler.events import Events
 from assembler.options import RunOptions
 from assembler.overlay import ContainerOverlay
 from assembler.runtime import Runtime
-from assembler.spec import command, required_directories, runtime_spec
+from assembler.spec import required_directories, runtime_spec
 from assembler.stdio import Stdio
 
 _log = logging.getLogger("assembler")

@@ -19,10 +19,9 @@ from typing import Any
 
 import clipfs
 from assembler.beneath import locate, opened_root
+from assembler.command import command, environment, working_directory
 from assembler.options import RunOptions
 from assembler.users import Identity, look_up
-
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 _CAPABILITIES = (
     "CAP_AUDIT_WRITE", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_MKNOD",
@@ -40,22 +39,6 @@ _CPU_PERIOD = 100_000  # µs; the kernel's default
 
 # With the host's network come its names.
 _HOST_FILES = ("/etc/resolv.conf", "/etc/hosts")
-
-
-def command(config: clipfs.ImageConfig, options: RunOptions) -> tuple[str, ...]:
-    """What is executed. UsageError if neither the image nor the user names anything."""
-    if options.entrypoint is not None:
-        words = options.entrypoint + options.command
-    else:
-        words = config.entrypoint + (options.command or config.cmd)
-    if not words or not words[0]:
-        raise clipfs.UsageError("the image names no command of its own; say what to run in it")
-    return words
-
-
-def working_directory(config: clipfs.ImageConfig, options: RunOptions) -> str:
-    """Always absolute; an image's relative one starts at the root."""
-    return options.workdir or "/" + config.working_dir.lstrip("/")
 
 
 def required_directories(config: clipfs.ImageConfig, options: RunOptions) -> tuple[str, ...]:
@@ -81,24 +64,6 @@ def runtime_spec(config: clipfs.ImageConfig, options: RunOptions, rootfs: Path, 
         # The name that the image spec gives it in a runtime spec.
         spec["annotations"] = {"org.opencontainers.image.stopSignal": config.stop_signal}
     return spec
-
-
-def environment(config: clipfs.ImageConfig, options: RunOptions, home: str, hostname: str) -> list[str]:
-    """Defaults, then the image's, then the user's; of several the last one counts."""
-    variables = {"PATH": _PATH, "HOSTNAME": hostname, "HOME": home}
-    if options.tty:
-        variables["TERM"] = "xterm"
-    caller = os.environ if options.environ is None else options.environ
-    for entry in config.env:
-        key, _, value = entry.partition("=")
-        variables[key] = value
-    for entry in options.env:
-        key, given, value = entry.partition("=")
-        if given:
-            variables[key] = value
-        elif key in caller:
-            variables[key] = caller[key]
-    return [f"{key}={value}" for key, value in variables.items() if key]
 
 
 def _process(config: clipfs.ImageConfig, options: RunOptions, user: Identity, hostname: str) -> dict[str, Any]:

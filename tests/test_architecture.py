@@ -115,6 +115,7 @@ ORDER = (
     "clipfs.mounting.dataspace",
     "clipfs.mounting.fs",
     "clipfs.mounting.loop",
+    "clipfs.mounting.beginning",
     "clipfs.mounting.session",
     "clipfs.mounting.worker",
     "clipfs.mounting.service",

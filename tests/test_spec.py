@@ -12,7 +12,8 @@ import pytest
 
 import clipfs
 from assembler import RunOptions, Volume, runtime_spec
-from assembler.spec import command, required_directories
+from assembler.command import command, first_read
+from assembler.spec import required_directories
 from tests.containers import CONFIG
 
 
@@ -58,6 +59,27 @@ def test_command(entrypoint: tuple[str, ...], cmd: tuple[str, ...], options: dic
 def test_no_command(cmd: tuple[str, ...], options: dict[str, Any]) -> None:
     with pytest.raises(clipfs.UsageError, match="names no command of its own; say what to run in it"):
         command(replace(CONFIG, cmd=cmd), RunOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "files"),
+    [
+        ("sh", {}, ["/usr/local/sbin/sh", "/usr/local/bin/sh", "/usr/sbin/sh", "/usr/bin/sh", "/sbin/sh", "/bin/sh"]),
+        ("/bin/sh", {"env": ("PATH=/opt",)}, ["/bin/sh"]),
+        ("./serve", {"workdir": "/app"}, ["/app/./serve"]),
+        ("bin/serve", {}, ["/srv/bin/serve"]),
+        ("serve", {"env": ("PATH=/opt:bin::/x",)}, ["/opt/serve", "/srv/bin/serve", "/srv/serve", "/x/serve"]),
+        ("serve", {"env": ("PATH",), "environ": {"PATH": "/mine"}}, ["/mine/serve"]),
+    ],
+)
+def test_what_is_read_first(program: str, options: dict[str, Any], files: list[str]) -> None:
+    config = replace(CONFIG, entrypoint=(program, "-x"), working_dir="srv")
+    assert first_read(config, RunOptions(**options)) == ("/etc/passwd", *files)
+
+
+def test_nothing_is_read_for_no_command() -> None:
+    with pytest.raises(clipfs.UsageError, match="names no command of its own"):
+        first_read(CONFIG, RunOptions())
 
 
 def test_environment_of_nothing(root: Path) -> None:

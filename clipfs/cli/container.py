@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -35,10 +36,10 @@ def run(args: argparse.Namespace, standby: Standby) -> int:
         # Not for longer: who has a file mapped dies if somebody cuts it off (SIGBUS). A mount has a copy.
         with Index.open(clip) as index:
             config, compressed = index.config, sum(layer.size for layer in index.layers)
+        mount = replace(mount_options(args, "suid,dev"), first=assembler.first_read(config, options))
         # From here on there is something to take down, and no signal may come between.
         events = stack.enter_context(assembler.Events())
         container = stack.enter_context(assembler.Container.create(base, options.name))
-        mount = mount_options(args, "suid,dev")
         place = container.mountpoint()
         mounted = stack.enter_context(mounter.mount(clip, place, mount, standby=standby, meanwhile=_load_runner))
         output = stack.enter_context(_FirstOutput()) if args.stats else None

@@ -40,9 +40,10 @@ class MountOptions:
     cache: bytes of decoded data kept in memory. cache_dir: where it is kept on disk, None for this user's usual place;
     cache_size: how many bytes of it, None for a tenth of that disk, 0 for none; cache_compression: by zstd.
     prefetch: what to fetch before it is asked for: ``trace`` (what earlier mounts of the image needed), ``all``,
-    ``none``, or a file with a trace. log: a file for what the serving process has to say; log_format: text, or json for
-    a JSON object a line. report: a file for what the mount has done, written at its end (see `report`). metrics:
-    HOST:PORT where counters are served in Prometheus' format.
+    ``none``, or a file with a trace. first: files of the image that will be read first: without a trace, the beginnings
+    of these and of their interpreters are fetched while the mount is made. log: a file for what the serving process has
+    to say; log_format: text, or json for a JSON object a line. report: a file for what the mount has done, written at
+    its end (see `report`). metrics: HOST:PORT where counters are served in Prometheus' format.
     suid, dev: honour setuid bits and device nodes in this mount itself; an overlay on top of it goes by its own flags.
     name: what the table of mounts calls it, None for the path of the .clip.
     """
@@ -54,6 +55,7 @@ class MountOptions:
     cache_size: int | None = None
     cache_compression: bool = True
     prefetch: str = "trace"
+    first: tuple[str, ...] = ()
     log: Path | None = None
     log_format: str = "text"
     report: Path | None = None
@@ -78,7 +80,8 @@ class MountOptions:
         known = {field.name: field.type for field in fields(cls)}
         given: dict[str, Any] = {name: value for name, value in values.items() if name in known}
         paths = [name for name, value in given.items() if known[name] == "Path | None" and value is not None]
-        return cls(**given | {name: Path(given[name]) for name in paths})
+        given |= {name: Path(given[name]) for name in paths}
+        return cls(**given | {"first": tuple(given.get("first", ()))})
 
 
 # Each option that means something here: the field it sets, and the value in terms of the text after '='. Those

@@ -29,6 +29,7 @@ from clipfs.format.container import ITSELF
 from clipfs.format.index import Index
 from clipfs.log import Listener
 from clipfs.mounting import connection, loop
+from clipfs.mounting.beginning import read_beginnings
 from clipfs.mounting.control import Channel, Job
 from clipfs.mounting.dataspace import DataSpace
 from clipfs.mounting.fs import ClipFS
@@ -99,6 +100,8 @@ class _Session:
                     nursery.start_soon(self._listen, nursery.cancel_scope)
                     nursery.start_soon(_cancel_on_signal, signals, nursery.cancel_scope)
                     self._channel.say("waiting")
+                    if options.prefetch == "trace" and not planned:
+                        nursery.start_soon(read_beginnings, index, reader, options.first)
                     await self._begin.wait()
                     with introduced:
                         introduced.send(self._init)
