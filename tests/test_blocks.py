@@ -242,7 +242,7 @@ class TestSharing:
     ) -> None:
         async with reading(index, fetcher) as reader:
             await reader.read(0, 10)
-            (flight,) = reader.flights.board([(0, 0)], why)
+            (flight,) = reader.flights.board({(0, 0): 10 if why == "read" else 0}, why)
             assert b"".join(await flight.blocks()) == PLAIN[: GZIP.spans[0].length]
         assert len(fetcher.ranges) == 1
         assert reader.counters.asdict()["spans_decoded"] == 1
@@ -353,6 +353,31 @@ class TestFurther:
             await trio.testing.wait_all_tasks_blocked()
             fetcher.gate.set()
         assert fetcher.ranges == [(0, GZIP.spans[0].start, GZIP.spans[1].end)]
+
+    @pytest.mark.parametrize(("read", "seconds", "last"), [(0, 10, 0), (2 * BLOCK, 10, 2), (0, 0.06, 2)])
+    async def test_a_large_file_that_nobody_has_read_is_left_out_where_it_is_dear(
+        self, read: int, seconds: float, last: int
+    ) -> None:
+        """The file begins in the third block of the first span, and goes on to the end."""
+        whole = len(PLAIN)
+        index = FakeIndex([GZIP], [(0, 0, 0, 2 * BLOCK), (2 * BLOCK, 0, 2 * BLOCK, whole - 2 * BLOCK)])
+        fetcher = FakeFetcher(index)
+        async with reading(index, fetcher) as reader:
+            reader.flights._carrier.link.note(MB, 0.05, seconds)
+            await reader.read(read, 10)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        assert fetcher.ranges == [(0, GZIP.spans[0].start, GZIP.spans[last].end)]
+
+    async def test_however_many_small_files_it_has(self) -> None:
+        """Spans of many small files belong together as those of one large file do."""
+        step = BLOCK // 2
+        index = FakeIndex([GZIP], [(at, 0, at, step) for at in range(0, len(PLAIN), step)])
+        fetcher = FakeFetcher(index)
+        async with reading(index, fetcher) as reader:
+            reader.flights._carrier.link.note(MB, 0.05, 10)
+            await reader.read(0, 10)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        assert fetcher.ranges == [(0, GZIP.spans[0].start, GZIP.spans[2].end)]
 
     async def test_not_if_there_is_no_room_for_it(self, index: FakeIndex, fetcher: FakeFetcher) -> None:
         async with reading(index, fetcher, memory=8 * MB) as reader:

@@ -169,6 +169,26 @@ def test_extents(tmp_path: Path) -> None:
         assert index.extents(5000, 0) == []
 
 
+def test_the_extent_of_a_byte_of_a_layer(tmp_path: Path) -> None:
+    extents = [Extent(0, 0, 512, 100), Extent(4096, 0, 1024, 5_000), Extent(12_288, 1, 512, 1)]
+    with Index.open(extents_clip(tmp_path / "x.clip", extents, 16_384)) as index:
+        for extent in extents:
+            whole = range(extent.offset, extent.offset + extent.length)
+            assert {index.extent(extent.layer, at) for at in (whole[0], whole[len(whole) // 2], whole[-1])} == {whole}
+            assert not index.extent(extent.layer, whole.start - 1)
+            assert not index.extent(extent.layer, whole.stop)
+        assert not index.extent(1, 0)
+
+
+def test_the_extent_of_a_byte_where_layers_are_mixed(tmp_path: Path) -> None:
+    """As in a packed clip: it is found, or none is."""
+    extents = [Extent(0, 1, 500, 100), Extent(4096, 0, 7, 1), Extent(8192, 0, 49_000, 1_000), Extent(12_288, 0, 100, 9)]
+    with Index.open(extents_clip(tmp_path / "x.clip", extents, 16_384)) as index:
+        for extent in extents:
+            found = index.extent(extent.layer, extent.offset)
+            assert not found or found == range(extent.offset, extent.offset + extent.length)
+
+
 def test_extents_cover_what_a_map_of_single_bytes_says(tmp_path: Path) -> None:
     chance = random.Random(20)
     extents, at, byte_map = [], 0, {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import pytest
@@ -34,7 +34,7 @@ class Link:
             self.busy -= 1
             await trio.sleep(1)
 
-    def board(self, spans: Iterable[Place], why: str) -> Sequence[Link]:
+    def board(self, spans: Mapping[Place, int], why: str) -> Sequence[Link]:
         assert why == "trace"
         self.groups.append(list(spans))
         return [self]
@@ -68,7 +68,7 @@ async def test_a_link_that_becomes_slow_gets_less(autojump_clock: trio.testing.M
     link = Link(0.02, 10_000)
     board = link.board
 
-    def slower(spans: Iterable[Place], why: str) -> Sequence[Link]:
+    def slower(spans: Mapping[Place, int], why: str) -> Sequence[Link]:
         if len(link.groups) == 4:
             link._rate = 50
         return board(spans, why)

@@ -81,6 +81,10 @@ class FakeIndex:
                 found.append((start, layer, offset + start - at, stop - start))
         return found
 
+    def extent(self, layer: int, offset: int) -> range:
+        found = (range(start, start + size) for _, of, start, size in self.pieces if of == layer)
+        return next((each for each in found if offset in each), range(0))
+
     def expected(self, address: int, length: int) -> bytes:
         """What a read of these bytes has to give."""
         out = bytearray(length)

@@ -34,10 +34,11 @@ class SpanFetcher(Protocol):
 class Flight:
     """A span under way. Everybody who needs it waits here; it ends with its blocks or with an error.
 
-    forward: is it one of several of a frame? wanted: did somebody wait for it when it was asked for?
+    forward: is it one of several of a frame? wanted: up to which decoded byte somebody waited for it when it was asked
+    for; 0 if nobody did.
     """
 
-    def __init__(self, layer: int, number: int, span: Span, *, forward: bool, wanted: bool) -> None:
+    def __init__(self, layer: int, number: int, span: Span, *, forward: bool, wanted: int = 0) -> None:
         self.layer, self.number, self.span = layer, number, span
         self.forward, self.wanted = forward, wanted
         self._blocks: list[bytes] = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import trio
 
@@ -22,7 +22,7 @@ from clipfs.blocks.disk import Claim, DiskCache
 from clipfs.blocks.flight import Flight, SpanFetcher, neighbours, together
 from clipfs.blocks.journal import Journal
 from clipfs.blocks.keeper import Keeper
-from clipfs.blocks.plan import BLOCK, LayerView
+from clipfs.blocks.plan import BLOCK, IndexView
 from clipfs.errors import ClipfsError
 
 # Ranges under way at once, for those who wait and for those who may want them later. Each holds its compressed and
@@ -42,14 +42,14 @@ class Flights:
 
     def __init__(
         self,
-        layers: Sequence[LayerView],
+        index: IndexView,
         fetcher: SpanFetcher,
         memory: MemoryCache,
         disk: DiskCache | None,
         counters: Counters,
         journal: Journal,
     ) -> None:
-        self._layers = layers
+        self._index, self._layers = index, index.layers
         self._memory, self._disk = memory, disk
         self._flights: dict[tuple[int, int], Flight] = {}
         self._ranges = trio.CapacityLimiter(_RANGES)
@@ -58,7 +58,7 @@ class Flights:
         self._decoders = trio.CapacityLimiter(max(2, min(os.cpu_count() or 1, 4)))
         self.keeper = Keeper()
         self._carrier = Carrier(
-            layers,
+            index.layers,
             fetcher,
             land=self._arrived,
             fail=self._end,
@@ -97,19 +97,20 @@ class Flights:
         """Return when nobody waits for a span."""
         await self._calm.wait()
 
-    def board(self, spans: Iterable[tuple[int, int]], why: str = "read") -> list[Flight]:
+    def board(self, spans: Mapping[tuple[int, int], int], why: str = "read") -> list[Flight]:
         """The flights that bring these spans: those under way, those that have come since they were looked for, and new
         ones for the rest.
 
-        why: ``read`` if somebody waits for them, or else what they are fetched ahead for.
+        spans: each with how many of its first decoded bytes somebody waits for. why: ``read`` if somebody does, or else
+        what they are fetched ahead for.
         """
         if self._nursery is None:
             raise ClipfsError("the image is being closed: nothing more is read from it")
         boarded, fresh = [], []
-        for layer, number in spans:
+        for (layer, number), wanted in spans.items():
             flight = self._flights.get((layer, number))
             if flight is None:
-                flight = self._flight(layer, number, wanted=why == "read")
+                flight = self._flight(layer, number, wanted)
                 blocks = self._remembered(flight)
                 if blocks is None:
                     fresh.append(flight)
@@ -125,23 +126,33 @@ class Flights:
             self._nursery.start_soon(self._fly, group, why)
         return boarded
 
-    def _flight(self, layer: int, number: int, *, wanted: bool) -> Flight:
+    def _flight(self, layer: int, number: int, wanted: int = 0) -> Flight:
         forward = self._carrier.frames.serves(layer, number)
         return Flight(layer, number, self._layers[layer].spans[number], forward=forward, wanted=wanted)
 
     def _further(self, group: list[Flight]) -> Iterator[Flight]:
-        """What lies behind spans that somebody waits for, as far as the link makes it worth while. Nobody waits longer
-        for that: spans are decoded when their bytes have come."""
+        """What lies behind spans that somebody waits for, as far as the link makes it worth while, or up to a span that
+        is dear and all of a file which nobody has read. Nobody waits longer: spans are decoded as their bytes come."""
         last = group[-1]
+        asked = last.span.position + last.wanted
         kept = self._disk is not None or self._memory.limit >= _ROOMY
         room = self._carrier.link.further if last.wanted and kept else 0
         for number in range(last.number + 1, len(self._layers[last.layer].spans)):
-            flight = self._flight(last.layer, number, wanted=False)
-            room -= flight.span.end - max(last.span.end, flight.span.start)
+            flight = self._flight(last.layer, number)
+            size = flight.span.end - max(last.span.end, flight.span.start)
+            room -= size
             if room < 0 or self._known(flight) or not together(group[0], last, flight):
+                return
+            if self._carrier.link.dear(size) and self._of_another_file(flight, asked):
                 return
             self._flights[flight.layer, flight.number] = last = flight
             yield flight
+
+    def _of_another_file(self, flight: Flight, asked: int) -> bool:
+        """Is all of this span of one file, which begins behind the decoded byte up to which somebody has read?"""
+        start, stop = flight.span.position, flight.span.position + flight.span.length
+        file = self._index.extent(flight.layer, start)
+        return asked <= file.start < stop <= file.stop
 
     def _known(self, flight: Flight) -> bool:
         """Is it on its way, in memory or on the disk?"""

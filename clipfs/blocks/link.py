@@ -11,8 +11,8 @@ _FAR = 0.004
 
 # How long the link may be busy with what nobody has asked for, in seconds, and with how many bytes at most. numpy in a
 # 260 MB image started after 13.5 s at 3 MB/s, instead of 14.7, with 13.1 % of the image instead of 12.5. At 100 MB/s it
-# started after 3.0 s, with 21 % of the image; with at most 400 KiB after 3.7 s, with 14 %, and with 6 MiB after 2.5 s,
-# with 28 %. Node.js: 2.5, 3.0 and 2.5 s, 16, 10 and 21 %.
+# started after 2.9 s, with 21 % of the image; with 400 KiB after 3.7 s and 14 %; and with 4 MiB after 2.7 s and 29 %.
+# Node.js: 2.4, 3.0 and 2.3 s, 16, 10 and 22 %.
 _SECONDS = 0.07
 _MOST = 1600 << 10
 
@@ -39,3 +39,7 @@ class Link:
     def further(self) -> int:
         """Bytes to ask for beyond what somebody waits for."""
         return int(min(self.rate * _SECONDS, _MOST)) if self.delay >= _FAR else 0
+
+    def dear(self, size: int) -> bool:
+        """Do so many bytes take longer than what they may spare, which is half of a round trip on average?"""
+        return size > self.rate * self.delay / 2

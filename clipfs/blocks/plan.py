@@ -60,6 +60,8 @@ class IndexView(Protocol):
 
     def extents(self, address: int, length: int) -> list[tuple[int, int, int, int]]: ...
 
+    def extent(self, layer: int, offset: int) -> range: ...
+
 
 class Piece(NamedTuple):
     """Bytes [start, stop) of the data space are bytes [inner, inner + stop - start) of block `key`; zeros if None."""

@@ -38,7 +38,7 @@ async def prefetch(flights: Flights, spans: Sequence[Place], why: str, least: in
             group, missing = missing[:count], missing[count:]
             began = trio.current_time()
             with contextlib.suppress(ClipfsError):
-                for flight in flights.board(sorted(group), why):
+                for flight in flights.board(dict.fromkeys(sorted(group), 0), why):
                     with contextlib.suppress(ClipfsError):
                         await flight.blocks()
             seconds = trio.current_time() - began

@@ -76,7 +76,7 @@ class BlockReader:
         self._index = index
         disk = tiers.disk if tiers.disk is not None and tiers.disk.limit else None
         self._cache = MemoryCache(tiers.memory)
-        self.flights = Flights(index.layers, fetcher, self._cache, disk, counters, self.journal)
+        self.flights = Flights(index, fetcher, self._cache, disk, counters, self.journal)
         self._disk = DiskTier(disk, index.layers, self._cache, self.flights.keeper, counters) if disk else None
         self._plans: dict[int, tuple[list[int], list[Piece]]] = {}
         self._planned = 0  # pieces in them
@@ -153,7 +153,8 @@ class BlockReader:
         for layer, number, block in missing:
             keys.setdefault((layer, number), []).append(block)
         try:
-            flights = deque(self.flights.board(keys))
+            wanted = {span: (max(numbers) + 1) * BLOCK for span, numbers in keys.items()}
+            flights = deque(self.flights.board(wanted))
             while flights:
                 flight = flights.popleft()
                 blocks.update(await _taken(flight, keys[flight.layer, flight.number]))
@@ -228,7 +229,7 @@ class BlockReader:
             for at in range(start, end, _STEP):
                 nursery.start_soon(step, at)
         with contextlib.suppress(ClipfsError):  # the image is being closed, or its index is damaged
-            self.flights.board(sorted(spans), "ahead")
+            self.flights.board(dict.fromkeys(sorted(spans), 0), "ahead")
 
     async def prefetch(self, spans: Sequence[tuple[int, int]], why: str, at_once: int) -> None:
         """Bring spans onto the disk, or into memory without one, in this order, `at_once` at a time or more. Those who

@@ -164,6 +164,11 @@ class Index:
         length), in order. What no piece covers is zeros."""
         return self._extents.find(address, length)
 
+    def extent(self, layer: int, offset: int) -> range:
+        """The bytes of an uncompressed layer around `offset` that are of the same file; none if that one is of no file.
+        A packed clip does not know it of all."""
+        return self._extents.around(layer, offset)
+
     # --- paths
 
     def resolve(self, path: bytes | str, follow: bool = True) -> int:

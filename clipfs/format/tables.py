@@ -207,6 +207,19 @@ class ExtentTable:
             address = stop
         return found
 
+    def around(self, layer: int, offset: int) -> range:
+        """The bytes of the uncompressed layer that one extent has, and this one among them; none if no extent has it.
+
+        Of an index whose data space is not in the order of its layers, some are not found.
+        """
+        place = layer << PLACE_BITS | offset
+        number = bisect_right(self.places, place) - 1
+        if number < 0:
+            return range(0)
+        start = offset - (place - self.places[number])
+        found = range(start, start + self.lengths[number])
+        return found if start >= 0 and offset in found else range(0)
+
     def release(self) -> None:
         """Let go of the mapped file."""
         for column in (self.starts, self.lengths, self.places):

@@ -44,6 +44,9 @@ class _Index:
     def extents(self, address: int, length: int) -> list[tuple[int, int, int, int]]:
         return self.table.find(address, length)
 
+    def extent(self, layer: int, offset: int) -> range:
+        return self.table.around(layer, offset)
+
 
 def one(data: bytes) -> None:
     if len(data) < _HEAD.size:
@@ -126,6 +129,9 @@ def _tiled(index: _Index, pieces: Sequence[Piece], address: int, length: int) ->
         layer, number, block = piece.key
         _, room = index.layers[layer].spans.bounds(number)
         assert 0 <= piece.inner < piece.inner + piece.stop - piece.start <= min(BLOCK, room - block * BLOCK)
+        offset = index.layers[layer].spans.bounds(number)[0] + block * BLOCK + piece.inner
+        found = index.extent(layer, offset)
+        assert offset in found or not found
         with contextlib.suppress(FormatError):
             assert number in index.layers[layer].spans.frame(number)
             assert index.layers[layer].spans[number].length == room
