@@ -13,9 +13,10 @@ import zstandard
 from isal import isal_zlib
 
 from clipfs.compression.ledger import Ledger, Region, Seek
+from clipfs.compression.spans import scan
 from clipfs.compression.stretch import Stretch
 from clipfs.compression.windows import sparse_window, window_cost
-from clipfs.format.container import SPAN, Span
+from clipfs.format.container import SPAN, Codec, Span
 from tests.streams import KB, MB, checked, deflated, member, mixed, noise, prose, scanned
 
 # Each refers to itself a lot and not to the others, as the files of an archive do.
@@ -73,6 +74,21 @@ class TestSeekPoints:
                 window = len(zstandard.compress(following.window, 9))
                 assert window + (pieces - 1) * SPAN.size < 0.006 * (following.start - point.start)
         assert early
+
+    def test_are_nearer_where_there_is_more_to_spend(self, tmp_path: Path) -> None:
+        """What is spared elsewhere buys windows, and about as many as it is enough for."""
+        plain = prose(24 * MB)
+        blob = member(plain, deflated(plain))
+        (tmp_path / "blob").write_bytes(blob)
+        points, costs = [], []
+        for spare in (0, 40_000):
+            with scan(tmp_path / "blob", 0, len(blob), Codec.GZIP, 4 * MB, 8) as passing:
+                passing.spare(spare)
+                assert b"".join(passing) == plain
+            points.append(len(seek_points(passing.spans)))
+            costs.append(sum(len(zstandard.compress(each.window, 9)) for each in passing.spans if not each.skip))
+        assert points[0] * 1.5 < points[1]
+        assert costs[0] + 20_000 < costs[1] < costs[0] + 80_000
 
     def test_members_are_free(self) -> None:
         """Nothing refers to what was before a gzip member, so spans begin with one unless a window costs next to it."""

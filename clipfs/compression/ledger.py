@@ -58,7 +58,8 @@ class Region:
 
 
 class Ledger:
-    """The spans, in order. `length` is how much the one under way holds."""
+    """The spans, in order. `length` is how much the one under way holds; `spare`, what they may cost besides a share of
+    the layer, in bytes of the index."""
 
     def __init__(self, region: Region) -> None:
         self._region = region
@@ -71,7 +72,7 @@ class Ledger:
         self._seek = Seek(0)
         self._position = self._end = 0
         self._sparse: tuple[bytes, bytes] = b"", b""
-        self.length = 0
+        self.length = self.spare = 0
 
     @property
     def start(self) -> int:

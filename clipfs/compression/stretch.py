@@ -13,11 +13,10 @@ from clipfs.compression.ledger import Ledger, Seek
 from clipfs.compression.windows import SAMPLE
 from clipfs.format.container import SEEK, SPAN
 
-# What a span may cost in the index, its window and records, as a share of the compressed bytes that it stands for; and
-# all spans of a layer together, for they are to stay below 0.3 %. The spans of a 260 MB image became half as long as
-# when they were cut every 4 MiB wherever that was, and cost as much: there is a place every 80 KB of usual data, and at
+# What all spans of a layer may cost in the index, windows and records, as a share of its compressed bytes, besides what
+# the ledger has to spare; and one of them, in terms of what all may. There is a place every 80 KB of usual data, and at
 # one in ten hardly anything refers to the window.
-_BUDGET, _BUDGET_OF_ALL = 0.0034, 0.0029
+_SHARE, _OF_ONE = 0.0029, 1.6
 
 # No span is ended before it has this share of its size, however cheaply: records cost, too.
 _SOONEST = 1 / 8
@@ -123,7 +122,9 @@ class Stretch:
     def _affordable(self, run: _Run) -> bool:
         """Is that a place to end the span at, though it may become longer?"""
         assert run.seek is not None
-        return self._price(run) <= _BUDGET and self._spent + self._cost(run) <= _BUDGET_OF_ALL * run.seek.start
+        allowed = _SHARE * run.seek.start + self._ledger.spare
+        one = _OF_ONE * allowed / max(1, run.seek.start)
+        return self._price(run) <= one and self._spent + self._cost(run) <= allowed
 
     def _price(self, run: _Run) -> float:
         """Bytes of the index for each compressed byte of the span, if it ends here."""
