@@ -89,8 +89,9 @@ def size(workload: Workload) -> Section:
                    "of the layers", "zstd -19, of the layers"]  # fmt: skip
     text = (
         "An index is the tree (inodes, names, extents), which grows with the number of files, and what random access "
-        "needs (spans, seek-point windows), which grows with the layers' bytes. Shares are of the compressed layers; "
-        "the last column is for an index that is compressed for shipping."
+        "needs (spans, seek-point windows), which grows with the layers' bytes. Together they are to stay below 140 "
+        "bytes an inode and 0.3 % of the layers. Shares are of the compressed layers; the last column is for an index "
+        "that is compressed for shipping."
     )
     return Section("Index size", text, header_line, lines)
 

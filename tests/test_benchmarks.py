@@ -80,7 +80,8 @@ def test_the_size_of_an_index_is_within_its_budget(demo_image: str, cache: Path,
     demo = dict(zip(section.header, section.lines[0], strict=True))
     assert demo["image"] == "demo image"
     assert 64 < float(demo["of it the tree"].removesuffix(" B")) <= 140
-    assert float(demo["spans, windows"].removesuffix("%")) <= 0.3
+    size, layers = float(demo["index"].removesuffix(" kB")) * 1e3, float(demo["layers, gzip"].removesuffix(" MB")) * 1e6
+    assert size <= 140 * int(demo["inodes"].replace(",", "")) + 0.003 * layers
     assert float(demo["zstd -19, of the layers"].removesuffix("%")) <= 1
 
 
