@@ -21,7 +21,7 @@ from tests.tars import Tar
 
 pytest_plugins = ["tests.mount_fixtures"]
 
-pytestmark = pytest.mark.usefixtures("runtime")
+pytestmark = pytest.mark.usefixtures("runtime", "near")
 
 
 @pytest.fixture(scope="module", autouse=True)

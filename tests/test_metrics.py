@@ -20,6 +20,7 @@ from tests.conftest import require_root
 from tests.mounts import BIG, SECONDS
 
 pytest_plugins = ["tests.mount_fixtures"]
+pytestmark = pytest.mark.usefixtures("near")
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 

@@ -27,6 +27,8 @@ from clipfs.sources.packed import fetcher_for
 from tests.images import LayoutBuilder
 from tests.tars import Tar
 
+pytestmark = pytest.mark.usefixtures("near")
+
 MOUNT = Mounted("/mnt", "/x.clip", "oci:/x:latest", 7, serving=True, seconds=12.5)
 MB = 1 << 20
 SECONDS = 30

@@ -37,6 +37,8 @@ from tests.oracle import Picture, differences, picture
 from tests.registry import Registry
 from tests.stargz import TOC_DIGEST, Stargz, Toc, chunked_image, footer, packed_toc, stargz, stargz_image
 
+pytestmark = pytest.mark.usefixtures("near")
+
 pytest_plugins = ("tests.mount_fixtures",)
 
 # Not sparse files: tarfile does not give them back as they are stored, and OCI advises against them.
