@@ -33,10 +33,8 @@ _WHY = "Buffers of what is fetched, decoded and stored, beside the interpreter a
 
 @dataclass
 class Memory:
-    """Resident bytes of a mount's processes: at most until it was mounted, then, at most (both by the kernel's own
-    account), and over time."""
+    """Resident bytes of a mount's processes: at first, at most (by the kernel's own account), and over time."""
 
-    mounting: float = 0.0
     before: float = 0.0
     most: float = 0.0
     samples: list[tuple[float, float]] = field(default_factory=list)
@@ -90,12 +88,12 @@ def _watched(what: str, clip: Path, mountpoint: Path, options: str, act: Callabl
         assert record.worker is not None
         processes = (record.process.pid, record.worker.pid)
         found.before = sum(_resident(pid, "VmRSS") for pid in processes)
-        found.mounting = _peak(processes)
+        mounting = _peak(processes)
         for pid in processes:
             Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak begins anew, see proc(5)
         with _sampled(processes, found.samples):
             act(mountpoint)
-        found.most = max(found.mounting, _peak(processes))
+        found.most = max(mounting, _peak(processes))
     finally:
         clipfs.unmount(mountpoint, force=True)
     return found

@@ -57,9 +57,9 @@ def interpreter(head: bytes) -> bytes:
     if not head.startswith(_ELF) or len(head) < _HEADER.size:
         return b""
     start, size, count = _HEADER.unpack_from(head)
-    for at in range(start, start + size * count, size or 1):
-        if size < _SEGMENT.size or at + _SEGMENT.size > len(head):
-            return b""
+    if size < _SEGMENT.size:
+        return b""
+    for at in range(start, min(start + size * count, len(head) - _SEGMENT.size + 1), size):
         kind, offset, length = _SEGMENT.unpack_from(head, at)
         if kind == _PT_INTERP:
             return head[offset : offset + length].rstrip(b"\0")
