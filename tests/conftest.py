@@ -19,8 +19,9 @@ import pytest
 
 from benchmarks import demo
 from clipfs.blocks import link
-from clipfs.mounting import child, daemon
+from clipfs.mounting import daemon
 from tests.leftovers import Places, nothing_left_behind
+from tests.patched_worker import patch_workers
 
 _ROOT = Path(__file__).parent.parent
 _DEMO = _ROOT / ".cache" / "demo"
@@ -76,8 +77,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
 def near(monkeypatch: pytest.MonkeyPatch) -> None:
     """However slow this machine is: nothing that a test counts is asked for because its source seems to be far away."""
     monkeypatch.setattr(link, "_FAR", math.inf)
-    monkeypatch.setattr(child, "PROGRAM", "tests.patched_worker")
-    monkeypatch.setenv("CLIPFS_TEST_PATCH", "import math; from clipfs.blocks import link; link._FAR = math.inf")
+    patch_workers(monkeypatch, "import math; from clipfs.blocks import link; link._FAR = math.inf")
 
 
 @pytest.fixture(autouse=True)

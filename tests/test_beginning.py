@@ -15,12 +15,12 @@ import clipfs
 from clipfs.blocks import trace
 from clipfs.blocks.counters import Counters
 from clipfs.blocks.reader import BlockReader, Tiers
-from clipfs.mounting import child
 from clipfs.mounting.beginning import interpreter, read_beginnings
 from clipfs.sources.fetcher import LayerFetcher
 from tests.conftest import require_root
 from tests.images import LayoutBuilder, Tar
 from tests.mounts import SECONDS
+from tests.patched_worker import patch_workers
 from tests.streams import KB, MB, noise
 
 pytest_plugins = ["tests.mount_fixtures"]
@@ -144,8 +144,7 @@ def test_a_mount_is_told_of_them(
         known = clipfs.state.cache_dir() / "traces" / f"{index.spans_digest}.trace"
     if traced:
         trace.save(known, [(0, 0)])
-    monkeypatch.setattr(child, "PROGRAM", "tests.patched_worker")
-    monkeypatch.setenv("CLIPFS_TEST_PATCH", PATCH.format(path=str(said)))
+    patch_workers(monkeypatch, PATCH.format(path=str(said)))
     with clipfs.mount(clip, mountpoint, clipfs.MountOptions(prefetch=prefetch, first=("/bin/tool", "/x"))):
         assert (mountpoint / "bin" / "script").read_bytes() == b"#!/bin/tool -x\n"
     assert said.read_text() == told

@@ -23,12 +23,12 @@ from assembler import kernel
 from clipfs import MountOptions, state
 from clipfs.blocks.counters import Counters
 from clipfs.errors import ClipfsError
-from clipfs.mounting import child
 from clipfs.mounting.control import Channel
 from tests.conftest import require_programs, require_root
 from tests.containers import Cli, leftovers
 from tests.images import LayoutBuilder
 from tests.mounts import BIG, SECONDS, ended, run
+from tests.patched_worker import patch_workers
 from tests.registry import Registry
 from tests.tars import Tar
 
@@ -198,8 +198,7 @@ def test_a_container_and_its_runtime_get_the_streams_alone(
 def test_a_clock_that_jumps(large: Path, mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By thirty years, back and forth, under a cache that has to evict."""
     jumps = "import itertools, time\nreal, steps = time.time, itertools.cycle((1e9, -1e9, 0))\n"
-    monkeypatch.setattr(child, "PROGRAM", "tests.patched_worker")
-    monkeypatch.setenv("CLIPFS_TEST_PATCH", jumps + "time.time = lambda: real() + next(steps)")
+    patch_workers(monkeypatch, jumps + "time.time = lambda: real() + next(steps)")
     options = MountOptions(cache=MB, cache_dir=tmp_path / "spans", cache_size=5 * MB, prefetch="none")
     with clipfs.mount(large, mountpoint, options):
         for _ in range(3):

@@ -16,8 +16,9 @@ import pytest
 import trio
 
 import clipfs
-from clipfs.mounting import child, loop
+from clipfs.mounting import loop
 from tests.conftest import require_root
+from tests.patched_worker import patch_workers
 
 pytest_plugins = ["tests.mount_fixtures"]
 
@@ -240,8 +241,7 @@ def tell():
         print(*sorted(name for name in asked if not name.startswith("__")), pyfuse3.trio.lowlevel._turns, file=out)
 """
     told = tmp_path / "asked"
-    monkeypatch.setattr(child, "PROGRAM", "tests.patched_worker")
-    monkeypatch.setenv("CLIPFS_TEST_PATCH", program.format(out=str(told)))
+    patch_workers(monkeypatch, program.format(out=str(told)))
     with clipfs.mount(clip, mountpoint, clipfs.MountOptions(view="fuse")):
         for name in range(2000):
             assert not (mountpoint / str(name)).exists()

@@ -18,10 +18,10 @@ import pytest
 
 import clipfs
 from clipfs import MountOptions
-from clipfs.mounting import child
 from tests.conftest import require_programs, require_root
 from tests.images import LayoutBuilder, Tar
 from tests.mounts import BIG, VIEWS, require_view, run
+from tests.patched_worker import patch_workers
 
 pytest_plugins = ("tests.mount_fixtures",)
 pytestmark = pytest.mark.usefixtures("runtime")
@@ -271,8 +271,7 @@ for name in {names!r}:
 @pytest.fixture
 def requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Requests:
     counted = Requests(tmp_path / "requests")
-    monkeypatch.setattr(child, "PROGRAM", "tests.patched_worker")
-    monkeypatch.setenv("CLIPFS_TEST_PATCH", counted.patch)
+    patch_workers(monkeypatch, counted.patch)
     return counted
 
 

@@ -19,13 +19,14 @@ import pytest
 
 import clipfs
 from clipfs import MountError, MountOptions, state
-from clipfs.mounting import child, connection, kernel, mountinfo, supervisor
+from clipfs.mounting import connection, kernel, mountinfo, supervisor
 from clipfs.mounting.mounter import Mount
 from clipfs.state import Process
 from tests.conftest import require, require_root
 from tests.containers import Box
 from tests.images import LayoutBuilder
 from tests.mounts import SECONDS, ended, files, in_view, kill, record_of, run
+from tests.patched_worker import patch_workers
 from tests.tars import Tar
 
 pytest_plugins = ("tests.mount_fixtures", "tests.container_fixtures")
@@ -138,8 +139,7 @@ ClipFS.read = read
 @pytest.fixture
 def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Held:
     held = Held(tmp_path)
-    monkeypatch.setattr(child, "PROGRAM", "tests.patched_worker")
-    monkeypatch.setenv("CLIPFS_TEST_PATCH", held.patch)
+    patch_workers(monkeypatch, held.patch)
     return held
 
 
@@ -194,8 +194,7 @@ def test_workers_that_keep_dying_end_in_errors_and_then_in_peace(
     large: Path, content: bytes, mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ill = tmp_path / "ill"
-    monkeypatch.setattr(child, "PROGRAM", "tests.patched_worker")
-    monkeypatch.setenv("CLIPFS_TEST_PATCH", f"import os\nif os.path.exists({str(ill)!r}): os._exit(3)")
+    patch_workers(monkeypatch, f"import os\nif os.path.exists({str(ill)!r}): os._exit(3)")
     log = tmp_path / "log"
     with clipfs.mount(large, mountpoint, MountOptions(cache=MB, cache_size=0, prefetch="none", log=log)) as mounted:
         ill.touch()
@@ -362,8 +361,7 @@ def test_a_new_worker_that_cannot_start_changes_nothing(
     large: Path, content: bytes, mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ill = tmp_path / "ill"
-    monkeypatch.setattr(child, "PROGRAM", "tests.patched_worker")
-    monkeypatch.setenv("CLIPFS_TEST_PATCH", f"import os\nif os.path.exists({str(ill)!r}): os._exit(3)")
+    patch_workers(monkeypatch, f"import os\nif os.path.exists({str(ill)!r}): os._exit(3)")
     with clipfs.mount(large, mountpoint, FRESH) as mounted:
         before = worker_of(mounted)
         ill.touch()
