@@ -118,49 +118,13 @@ def test_without_waiting(cache: DiskCache) -> None:
     assert get(cache, digest, 0, wait=False) == blocks[0]
 
 
-class TestOpenAhead:
-    def test_what_is_open_needs_no_opening(self, cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
-        kept = [keep(cache, number) for number in range(5)]
-        fresh = DiskCache(cache.directory, 1 << 30)
-        fresh.open_ahead([span(99)[0], *(digest for digest, _ in kept)])
-        monkeypatch.setattr(fresh.files, "_opened", pytest.fail)
-        assert [everything(fresh, digest, len(blocks)) for digest, blocks in kept] == [blocks for _, blocks in kept]
-
-    def test_it_is_no_use_of_it(self, cache: DiskCache) -> None:
-        digest, _ = keep(cache, 1)
-        [stored] = cache.stored()
-        os.utime(stored.path, (1, 1))
-        fresh = DiskCache(cache.directory, 1 << 30)
-        fresh.open_ahead([digest])
-        assert stored.path.stat().st_mtime == 1
-        get(fresh, digest, 0)
-        assert stored.path.stat().st_mtime > 1, "but reading is"
-
-    def test_what_was_evicted_meanwhile_is_not_served(self, cache: DiskCache) -> None:
-        """Nor does it count as here: it would be of use to nobody else."""
-        digest, _ = keep(cache, 1)
-        fresh = DiskCache(cache.directory, 1 << 30)
-        fresh.open_ahead([digest])
-        cache.trim(0)
-        assert get(fresh, digest, 0) is None
-
-    def test_damage_is_left_to_who_reads(self, cache: DiskCache) -> None:
-        digest, _ = keep(cache, 1)
-        [stored] = cache.stored()
-        stored.path.write_bytes(b"x" * 1000)
-        fresh = DiskCache(cache.directory, 1 << 30)
-        fresh.open_ahead([digest])
-        assert stored.path.exists()
-        assert get(fresh, digest, 0) is None
-        assert not stored.path.exists()
-
+class TestOpenFiles:
     def test_no_more_than_a_share_of_the_limit_is_held(self, tmp_path: Path) -> None:
         """What others evict takes its room until it is closed here."""
         cache = DiskCache(tmp_path, 1 << 30)
         kept = [keep(cache, number, 100) for number in range(200)]
         small = DiskCache(tmp_path, 100 << 20)
         before = len(os.listdir("/proc/self/fd"))
-        small.open_ahead(digest for digest, _ in kept)
         for digest, _ in kept:
             get(small, digest, 0)
         assert len(os.listdir("/proc/self/fd")) - before <= 16
@@ -171,9 +135,8 @@ class TestOpenAhead:
         resource.setrlimit(resource.RLIMIT_NOFILE, (before + 60, limits[1]))
         try:
             few = DiskCache(tmp_path, 1 << 40)
-            few.open_ahead(digest for digest, _ in kept)
-            assert 16 <= len(os.listdir("/proc/self/fd")) - before <= (before + 60) // 2
             assert all(get(few, digest, 0) == blocks[0] for digest, blocks in kept)
+            assert 16 <= len(os.listdir("/proc/self/fd")) - before <= (before + 60) // 2
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 

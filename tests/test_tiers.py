@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
-import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import pytest
 import trio
 
 import clipfs
-from clipfs.blocks import journal, tier, trace
+from clipfs.blocks import journal, trace
 from clipfs.blocks.ahead import Streams
 from clipfs.blocks.counters import Counters
 from clipfs.blocks.disk import DiskCache
@@ -168,29 +166,6 @@ class TestDisk:
         assert sources[1].ranges == []
         assert numbers["disk_blocks"] >= 24
         assert numbers["bytes_fetched"] == 0
-
-    @pytest.mark.parametrize("slow", [True, False])
-    async def test_who_reads_from_many_files_on_a_slow_disk_has_the_rest_opened(
-        self, slow: bool, images: Callable[[Compression], Image], disk: DiskCache, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        image, spans = images("gzip"), images("gzip").index.layers[0].spans
-        async with reading(image, image.source(), disk=disk) as reader:
-            await reader.read(image.start, len(BIG))
-        again, told, opened = DiskCache(disk.directory, 1 << 30), threading.Event(), list[bytes]()
-
-        def open_ahead(digests: Iterable[bytes]) -> None:
-            opened.extend(digests)
-            told.set()
-
-        monkeypatch.setattr(again, "open_ahead", open_ahead)
-        monkeypatch.setattr(tier, "_SLOW", 0 if slow else math.inf)
-        async with reading(image, image.source(), memory=MB, disk=again) as reader:
-            for number, span in enumerate(spans):
-                await reader.read(image.start + max(0, span.position - 512), 1)
-                assert number >= 30 or not told.is_set()
-            if slow:
-                assert await trio.to_thread.run_sync(told.wait, SECONDS)
-        assert opened == ([span.digest for span in spans] if slow else []), "once"
 
     async def test_damage_on_the_disk_is_fetched_again(
         self, images: Callable[[Compression], Image], disk: DiskCache

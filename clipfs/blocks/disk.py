@@ -18,7 +18,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,10 +126,6 @@ class DiskCache:
     def has(self, digest: bytes) -> bool:
         """Is the span here? Whether its file is good shows when it is read: this is asked of all that an image has."""
         return os.access(self.files.name(digest), os.F_OK)
-
-    def open_ahead(self, digests: Iterable[bytes]) -> None:
-        """Open the files of these spans that are here, as many as may be open, without counting it as a use. Blocks."""
-        self.files.open_ahead(digests)
 
     def _remove(self, digest: bytes) -> None:
         """Remove a file. Its span is fetched again as if it had never been here."""

@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import takewhile
 
 import trio
 
@@ -38,12 +37,6 @@ class Keeper:
         self._backlog = 0
         self._unwritten: dict[bytes, Sequence[bytes]] = {}
         self._room = trio.Event()
-        self._closed = False
-
-    def open_ahead(self, cache: DiskCache, digests: Iterable[bytes]) -> None:
-        """Have the files of these spans opened, see `DiskCache.open_ahead`; `close` puts an end to it."""
-        with contextlib.suppress(RuntimeError):  # closed
-            self._pool.submit(cache.open_ahead, takewhile(lambda _: not self._closed, digests))
 
     async def keep(self, claim: Claim, blocks: Sequence[bytes]) -> None:
         """See to it that the span is written and its claim ends; returns when there is room for more."""
@@ -93,7 +86,6 @@ class Keeper:
 
     def close(self) -> None:
         """Write what is left. Blocks, for a tenth of a second at most."""
-        self._closed = True
         self._pool.shutdown()
 
 

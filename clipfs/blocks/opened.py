@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import resource
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
 from pathlib import Path
 
-from clipfs.blocks.store import DamagedError, Entry, WouldWaitError
+from clipfs.blocks.store import Entry, WouldWaitError
 
 # Opening a file takes four turns of a cold disk, a read from an open one takes one. What another process evicts takes
 # its room until it is closed here, so they are so few that they cannot have more than a share of the cache's limit; nor
@@ -50,7 +48,8 @@ class OpenFiles:
             raise WouldWaitError
         if entry is None or not entry.there:
             try:
-                entry = self._opened(digest, whole=whole)
+                descriptor = os.open(self.name(digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                entry = Entry(descriptor, digest, whole=whole)
             except FileNotFoundError:
                 self.forget(digest)
                 return None
@@ -62,21 +61,6 @@ class OpenFiles:
                 self._open.popitem(last=False)
         return entry
 
-    def open_ahead(self, digests: Iterable[bytes]) -> None:
-        """As `DiskCache` has it."""
-        for digest in digests:
-            with self._lock:
-                if len(self._open) >= self._most:
-                    return
-                if digest in self._open:
-                    continue
-            # What is wrong with one is found, and said, by who reads it.
-            with contextlib.suppress(OSError, DamagedError):
-                entry = self._opened(digest)
-                with self._lock:
-                    # Due at once: its first use is one.
-                    self._open.setdefault(digest, (entry, -math.inf))
-
     def forget(self, digest: bytes) -> None:
         """It is there no more."""
         with self._lock:
@@ -86,7 +70,3 @@ class OpenFiles:
         """Where the file of a span is. A string: a Path takes as long as opening it does."""
         name = digest.hex()
         return f"{self._directory}/{name[:2]}/{name[2:]}"
-
-    def _opened(self, digest: bytes, *, whole: bool = False) -> Entry:
-        descriptor = os.open(self.name(digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        return Entry(descriptor, digest, whole=whole)

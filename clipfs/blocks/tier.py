@@ -30,14 +30,12 @@ _THREADS = 8
 # Each answer counts for a tenth of the average, so that a slow one sends the next dozen to threads.
 _QUICK, _LATE = 0.0005, 0.1
 
-# After so many reads that waited for the disk, more of them will follow. If they took longer than so many seconds each,
-# on average of late, all files of the image are opened meanwhile: where their directories are in memory, it is cheaper
-# to open each when it is needed than to have two threads take turns in the interpreter (56 and 100 us a random read).
-_MANY, _SLOW = 32, 0.00015
+# After so many reads that waited for the disk, who starts this image does something else than earlier runs did.
+_MANY = 32
 
 
 class DiskTier:
-    """Brings blocks of `layers` from `disk` into `memory`. keeper: has what is not on the disk yet, and a thread."""
+    """Brings blocks of `layers` from `disk` into `memory`. keeper: has what is not on the disk yet."""
 
     def __init__(
         self, disk: DiskCache, layers: Sequence[LayerView], memory: MemoryCache, keeper: Keeper, counters: Counters
@@ -57,9 +55,6 @@ class DiskTier:
     def waited(self) -> None:
         """Somebody has waited for it."""
         self._reads += 1
-        if self._reads == _MANY and self._seconds > _SLOW:
-            spans = [layer.spans for layer in self._layers]
-            self._keeper.open_ahead(self._disk, (each.digest(at) for each in spans for at in range(len(each))))
 
     async def read(self, keys: Sequence[Key], blocks: dict[Key, bytes]) -> list[Key]:
         """Take what there is of these into `blocks` and into memory. Returns the keys of what there is not."""
