@@ -290,6 +290,18 @@ class TestAhead:
         assert [start for start, _ in wanted if start < 1 << 30]
         assert [start for start, _ in wanted if start >= 1 << 30]
 
+    def test_who_shares_the_memory_takes_half(self) -> None:
+        step = 128 << 10
+        one = [(at, step) for at in range(0, 40 * MB, step)]
+        assert max(end - at for at, end in self.gaps(one)) == 16 * MB
+        pairs = [each for at, _ in one for each in ((at, step), (at + (1 << 30), step))]
+        assert max(end - at for at, end in self.gaps(pairs)) == 8 * MB + step
+
+    def gaps(self, reads: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Where each read ends that has something read ahead, and up to where."""
+        streams = Streams(16 * MB)
+        return [(at + length, wanted[1]) for at, length in reads if (wanted := streams.note(at, length)) is not None]
+
     def test_small_files_one_after_the_other(self) -> None:
         assert self.follow(*((at << 12, 700) for at in range(3000))) != []
 

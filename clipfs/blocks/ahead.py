@@ -25,10 +25,11 @@ class _Stream:
     page: int  # where it goes on
     read: int  # bytes in a row
     ahead: int  # the address up to which everything is on its way
+    alone: int = 0  # how many of the bytes had been read when somebody else last read something
 
 
 class Streams:
-    """Follows readers. largest: bytes to be ahead at most; zero turns it off."""
+    """Follows readers. largest: bytes to be ahead at most; zero turns it off. Half of it if others read as well."""
 
     def __init__(self, largest: int) -> None:
         self._largest = largest
@@ -48,7 +49,7 @@ class Streams:
         stream.read += length
         if stream.read < _ENOUGH:
             return None
-        window = min(stream.read, self._largest)
+        window = min(stream.read, self._largest, self._largest // 2 + stream.read - stream.alone)
         # Asked for in halves of a window, so that ranges are long.
         if stream.ahead > end + window // 2:
             return None
@@ -61,6 +62,7 @@ class Streams:
         self._streams[self._latest.page] = self._latest
         found = self._streams.pop(page, None)
         self._latest = found or _Stream(page, 0, end)
+        self._latest.alone = self._latest.read
         if len(self._streams) >= _STREAMS:
             del self._streams[next(iter(self._streams))]
         return self._latest
