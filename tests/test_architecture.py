@@ -63,6 +63,7 @@ ORDER = (
     "clipfs.blocks.tier",
     "clipfs.blocks.flight",
     "clipfs.blocks.link",
+    "clipfs.blocks.lane",
     "clipfs.blocks.carrier",
     "clipfs.blocks.flights",
     "clipfs.blocks.prefetch",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 
 import trio
 
@@ -22,13 +23,12 @@ from clipfs.blocks.disk import Claim, DiskCache
 from clipfs.blocks.flight import Flight, SpanFetcher, neighbours, together
 from clipfs.blocks.journal import Journal
 from clipfs.blocks.keeper import Keeper
+from clipfs.blocks.lane import Lane
 from clipfs.blocks.plan import BLOCK, IndexView
 from clipfs.errors import ClipfsError
 
-# Ranges under way at once, for those who wait and for those who may want them later. Each holds its compressed and
-# decoded bytes in memory.
+# Ranges under way at once for those who wait. Each holds its compressed and decoded bytes in memory.
 _RANGES = 8
-_RANGES_AHEAD = 3
 
 # Without a cache on disk, what nobody has asked for is fetched only if memory has so many bytes to keep it in.
 _ROOMY = 16 << 20
@@ -53,7 +53,6 @@ class Flights:
         self._memory, self._disk = memory, disk
         self._flights: dict[tuple[int, int], Flight] = {}
         self._ranges = trio.CapacityLimiter(_RANGES)
-        self._ranges_ahead = trio.CapacityLimiter(_RANGES_AHEAD)
         # zstandard, isal and hashlib let go of the interpreter while they work.
         self._decoders = trio.CapacityLimiter(max(2, min(os.cpu_count() or 1, 4)))
         self.keeper = Keeper()
@@ -68,6 +67,7 @@ class Flights:
             counters=counters,
             journal=journal,
         )
+        self._ahead = Lane(self._carrier.link)
         self._waiters = trio.CapacityLimiter(64)
         self._nursery: trio.Nursery | None = None
         self._urgent = 0
@@ -170,6 +170,11 @@ class Flights:
             blocks.append(block)
         return blocks
 
+    def _room(self, group: Sequence[Flight], why: str) -> AbstractAsyncContextManager[object]:
+        if why == "read":
+            return self._ranges
+        return self._ahead.room(group[-1].span.end - group[0].span.start)
+
     async def _fly(self, group: list[Flight], why: str) -> None:
         """Bring spans that lie together. Errors go to those who wait, and end nothing else."""
         if why == "read":
@@ -177,7 +182,7 @@ class Flights:
             if self._urgent == 1:
                 self._calm = trio.Event()
         try:
-            async with self._ranges if why == "read" else self._ranges_ahead:
+            async with self._room(group, why):
                 mine = group
                 claims: dict[int, Claim] = {}
                 others: dict[int, Flight] = {}
@@ -238,7 +243,7 @@ class Flights:
         if blocks is not None:
             self._land(flight, blocks)
         elif not flight.landed:
-            async with self._ranges if why == "read" else self._ranges_ahead:
+            async with self._room([flight], why):
                 await self._carrier.bring([flight], {}, why)
 
     # --- the end of a flight
