@@ -76,7 +76,11 @@ def reading(workload: Workload) -> Section:
     sequential, at_random = (
         next(row for row in rows if row.name == f"{name}, {_WHEN['cached']}") for name in ("sequential", "random 4 KiB")
     )
-    outcomes = [as_fast(sequential, ZSTD, 0.9, _CACHED), as_fast(at_random, SQUASHFUSE, 1.5, _CACHED)]
+    # The tree on this disk is what the kernel makes of it without anybody's help.
+    outcomes = [
+        as_fast(sequential, ZSTD, 0.9, _CACHED, best=(UNPACKED,)),
+        as_fast(at_random, SQUASHFUSE, 1.5, _CACHED, best=(UNPACKED,)),
+    ]
     text = (
         f"The generated image: {size.files:,} small files and one of {size.big >> 20:,} MiB. squashfuse_ll serves a "
         "zstd squashfs of the same tree, *unpacked* is the tree on this disk; `zstd -dc` decompresses the large file, "
