@@ -142,21 +142,18 @@ class ClipFS(pyfuse3.Operations):
 
     # --- names and attributes
 
-    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        try:
-            if len(name) > _MAX_NAME:
-                raise FUSEError(errno.ENAMETOOLONG)
-            nid = self._index.lookup(parent_inode if parent_inode != 1 else self._index.root, name)
-            if not nid:
-                return self._absent
-            if nid == self._index.root:
-                return self._root
-            # Not remembered: the kernel does, and asks for another name next.
-            return self._attributes.get(nid) or self._made(nid)
-        except FUSEError:
-            raise
-        except Exception as error:  # noqa: BLE001  reported, and the mount lives on
-            raise self._failure(error) from None
+    @_answer
+    def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        if len(name) > _MAX_NAME:
+            raise FUSEError(errno.ENAMETOOLONG)
+        index = self._index
+        nid = index.lookup(index.root if parent_inode == 1 else parent_inode, name)
+        if not nid:
+            return self._absent
+        if nid == index.root:
+            return self._root
+        # Not remembered: the kernel does, and asks for another name next.
+        return self._attributes.get(nid) or self._made(nid)
 
     @_answer
     def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
