@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 
 import trio
 
@@ -170,7 +169,8 @@ class Flights:
             blocks.append(block)
         return blocks
 
-    def _room(self, group: Sequence[Flight], why: str) -> AbstractAsyncContextManager[object]:
+    def _room(self, group: Sequence[Flight], why: str) -> contextlib.AbstractAsyncContextManager[object]:
+        """Its turn to be under way, for a range that brings these spans."""
         if why == "read":
             return self._ranges
         return self._ahead.room(group[-1].span.end - group[0].span.start)
