@@ -114,6 +114,7 @@ ORDER = (
     "clipfs.building.packer",
     "clipfs.building.extractor",
     "clipfs.mounting.dataspace",
+    "clipfs.mounting.attributes",
     "clipfs.mounting.fs",
     "clipfs.mounting.loop",
     "clipfs.mounting.beginning",
@@ -129,7 +130,7 @@ FIRST_WITH_TRIO = ORDER.index("clipfs.blocks.plan")
 PACKAGES = ("blocks", "building", "compression", "erofs", "format", "layers", "mounting", "reports")
 FACADES = ("clipfs", "clipfs.__main__", *(f"clipfs.{package}" for package in PACKAGES))
 
-WITH_FUSE = tuple(f"clipfs.mounting.{name}" for name in ("fs", "loop", "session"))
+WITH_FUSE = tuple(f"clipfs.mounting.{name}" for name in ("attributes", "fs", "loop", "session"))
 
 # Of the modules that see what the HTTP client answers, one sends what it asks.
 WITH_HTTP = tuple(f"clipfs.sources.{name}" for name in ("answers", "wire", "transport", "registry", "web"))
@@ -184,9 +185,7 @@ def test_who_knows_whom() -> None:
                 f"{name}: sources know digests, never inodes"
             )
         if "pyfuse3" in known:
-            assert name in ("clipfs.mounting.fs", "clipfs.mounting.loop", "clipfs.mounting.session"), (
-                f"{name}: FUSE is an adapter's business"
-            )
+            assert name in WITH_FUSE, f"{name}: FUSE is an adapter's business"
         if "httpx2" in known:
             assert name in WITH_HTTP, f"{name}: there is one HTTP client"
 

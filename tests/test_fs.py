@@ -119,6 +119,15 @@ async def test_the_root_is_asked_for_as_one_and_every_attribute_is_the_index_s(f
     assert (await find(fs, b"no utf-8 \xff")).st_mtime_ns == -1
 
 
+async def test_names_looked_up_in_a_row_have_nothing_of_one_another(fs: ClipFS, index: Index) -> None:
+    names = [b"file", b"null", b"fifo", b"disk", b"no utf-8 \xff", b"file", b"many", b"link"]
+    for name in names:
+        found = await fs.lookup(pyfuse3.ROOT_INODE, name, NOBODY)
+        asked = await fs.getattr(index.lookup(index.root, name), NOBODY)
+        assert found is not asked
+        assert found.__getstate__() == asked.__getstate__(), name
+
+
 async def test_two_names_of_one_file_are_one_inode(fs: ClipFS) -> None:
     assert (await find(fs, b"file")).st_ino == (await find(fs, b"sub", b"again")).st_ino
 

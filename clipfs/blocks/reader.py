@@ -10,7 +10,7 @@ looking for blocks and joining them.
 from __future__ import annotations
 
 import contextlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -83,7 +83,8 @@ class BlockReader:
         self._plans: dict[int, tuple[list[int], list[Piece]]] = {}
         self._planned = 0  # pieces in them
         self._streams = Streams(min(_LARGEST_WINDOW, tiers.memory // _SHARE_AHEAD))
-        self._latest: Key | None = None  # the block of the last hit
+        # The block of the last hit: the addresses [start, stop) of its piece, its bytes, and where in them start is.
+        self._latest = (0, 0, b"", 0)
         #: The spans that readers needed, in the order in which they first did.
         self.wanted: dict[tuple[int, int], None] = {}
         self._manager = trio.open_nursery()
@@ -108,24 +109,29 @@ class BlockReader:
     def try_read(self, address: int, length: int) -> bytes | None:
         """The bytes if all of them are in memory.
 
-        The hot path: most reads lie in one block, and find it with two dictionaries and one bisect. Counts hits only.
+        The hot path: most reads lie in one block, often that of the read before; any other is found with two
+        dictionaries and one bisect. Counts hits only.
         """
         ahead = self._streams.note(address, length)
         if ahead is not None and self._nursery is not None:
             self._nursery.start_soon(self._read_ahead, *ahead)
+        start, stop, block, inner = self._latest
+        if start <= address and address + length <= stop:
+            self.counters.hit(length)
+            inner += address - start
+            return block[inner : inner + length]
         found = self._plans.get(address >> _SHIFT) or self._remember(address >> _SHIFT)
         start, stop, key, inner = found[1][bisect_right(found[0], address) - 1]
         if key is not None and address + length <= stop:
-            block = self._cache.get(key)
-            if block is None:
+            cached = self._cache.get(key)
+            if cached is None:
                 return None
-            if key is not self._latest:
-                self._latest = key
-                self._note_all((key,), address, "memory")
-            inner += address - start
+            self._latest = start, stop, cached, inner
+            self._note_all((key,), address, "memory")
             self.counters.hit(length)
-            return block[inner : inner + length]
-        return self._try_join(plan(self._index, address, length), address, length)
+            inner += address - start
+            return cached[inner : inner + length]
+        return self._try_join(self._pieces(address, length), address, length)
 
     async def read(self, address: int, length: int) -> bytes:
         """The bytes. Raises ClipfsError if they cannot be had, or are not those that the index demands."""
@@ -165,12 +171,17 @@ class BlockReader:
             raise
 
     def _pieces(self, address: int, length: int) -> list[Piece]:
-        """As `plan` has it. Who comes from `try_read` finds that one piece again, as a rule."""
-        starts, pieces = self._plans.get(address >> _SHIFT) or self._remember(address >> _SHIFT)
-        start, stop, key, inner = pieces[bisect_right(starts, address) - 1]
-        if address + length <= stop:
-            return [Piece(address, address + length, key, inner + address - start)]
-        return plan(self._index, address, length)
+        """As `plan` has it; from the plan that is remembered, as long as that reaches."""
+        region, end = address >> _SHIFT, address + length
+        if end > region + 1 << _SHIFT:
+            return plan(self._index, address, length)
+        starts, pieces = self._plans.get(region) or self._remember(region)
+        found = pieces[bisect_right(starts, address) - 1 : bisect_left(starts, end)]
+        start, _, key, inner = found[-1]
+        found[-1] = Piece(start, end, key, inner)
+        start, stop, key, inner = found[0]
+        found[0] = Piece(address, stop, key, inner + address - start)
+        return found
 
     def _remember(self, region: int) -> tuple[list[int], list[Piece]]:
         """The plan for addresses [region * BLOCK, (region + 1) * BLOCK), and where its pieces start."""

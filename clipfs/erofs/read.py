@@ -129,7 +129,9 @@ class Metadata:
             self._refuse(nid, f"its format is {layout:#x}")
         if nanoseconds >= 1_000_000_000 or not nlink:
             self._refuse(nid, f"it has {nlink} links and {nanoseconds} nanoseconds")
-        return Node(nid, mode, uid, gid, size, seconds * 1_000_000_000 + nanoseconds, nlink, rdev, address)
+        mtime = seconds * 1_000_000_000 + nanoseconds
+        # `Node(...)` does the same, and takes twice as long.
+        return Node._make((nid, mode, uid, gid, size, mtime, nlink, rdev, address))
 
     def content(self, node: Node) -> Content:
         """Where the entries of a directory or the target of a symlink are."""

@@ -17,7 +17,6 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Coroutine
-from copy import copy
 from functools import wraps
 from typing import Any, Protocol, TypeVar, TypeVarTuple
 
@@ -26,19 +25,17 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from clipfs.erofs.structs import Node
 from clipfs.errors import ClipfsError
+from clipfs.mounting.attributes import FOR_EVER, Attributes
 
 log = logging.getLogger(__name__)
 
 P = TypeVarTuple("P")
 T = TypeVar("T")
 
-# Seconds that the kernel may believe us; 68 years, the most that fits where such numbers become 32-bit jiffies.
-_FOR_EVER = 2**31 - 1
-
 # As on a disk. FUSE itself lets a kilobyte through.
 _MAX_NAME = 255
 
-# Entries kept before a lookup table starts over. Attributes cost 0.4 KB each; the kernel keeps its own for ever.
+# Places of files kept before the table starts over.
 _REMEMBERED = 4096
 
 # Names in listings that are kept for who lists the directory again, which the kernel asks for each time: 13 MB.
@@ -122,7 +119,7 @@ class ClipFS(pyfuse3.Operations):
         self._reader = reader
         self._on_init = on_init
         self._no_xattrs = not xattrs
-        self._attributes: dict[int, EntryAttributes] = {}
+        self._attributes = Attributes(index.inode)
         self._files: dict[int, tuple[int, int]] = {}
         self._listings: dict[int, list[tuple[bytes, EntryAttributes]]] = {}
         self._listed = 0  # names in them
@@ -130,11 +127,11 @@ class ClipFS(pyfuse3.Operations):
         # A reply with inode 0 is cached as "no such name"; the errno ENOENT would be asked for again and again.
         self._absent = EntryAttributes()
         self._absent.st_ino = 0
-        self._absent.entry_timeout = _FOR_EVER
+        self._absent.entry_timeout = FOR_EVER
         # Read by pyfuse3 before anybody else runs, so that one serves for all.
         self._opened = FileInfo(keep_cache=True)
         # Where a reply says which inode is meant and not only what is known of it, the root has a name of its own.
-        self._root = copy(self._attributes_of(index.root))
+        self._root = self._attributes.made(index.root)
         self._root.st_ino = pyfuse3.ROOT_INODE
 
     def init(self) -> None:
@@ -153,11 +150,11 @@ class ClipFS(pyfuse3.Operations):
         if nid == index.root:
             return self._root
         # Not remembered: the kernel does, and asks for another name next.
-        return self._attributes.get(nid) or self._made(nid)
+        return self._attributes.passing(nid)
 
     @_answer
     def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
-        return self._attributes_of(self._nid(inode))
+        return self._attributes.of(self._nid(inode))
 
     @_answer
     def readlink(self, inode: int, ctx: RequestContext) -> bytes:
@@ -268,38 +265,11 @@ class ClipFS(pyfuse3.Operations):
         return self._index.root if inode == pyfuse3.ROOT_INODE else inode
 
     def _list(self, inode: int) -> list[tuple[bytes, EntryAttributes]]:
-        nid, made, known = self._nid(inode), self._made, self._attributes
+        nid, made = self._nid(inode), self._attributes.made
         entries = [(b".", nid), (b"..", self._index.parent(nid)), *self._index.entries(nid)]
-        listing = self._listings[inode] = [(name, known.get(each) or made(each)) for name, each in entries]
+        listing = self._listings[inode] = [(name, made(each)) for name, each in entries]
         self._listed += len(listing)
         return listing
-
-    def _attributes_of(self, nid: int) -> EntryAttributes:
-        known = self._attributes.get(nid)
-        if known is not None:
-            return known
-        if len(self._attributes) >= _REMEMBERED:
-            self._attributes.clear()
-        entry = self._attributes[nid] = self._made(nid)
-        return entry
-
-    def _made(self, nid: int) -> EntryAttributes:
-        """The attributes as pyfuse3 has them. Each field that is set costs; those left out are zero in a new one."""
-        node = self._index.inode(nid)
-        entry = EntryAttributes()
-        entry.st_ino = nid
-        entry.st_mode = node.mode
-        entry.st_nlink = node.nlink
-        if node.uid or node.gid:
-            entry.st_uid = node.uid
-            entry.st_gid = node.gid
-        if node.rdev:
-            entry.st_rdev = node.rdev
-        entry.st_size = node.size
-        entry.st_blocks = (node.size + 511) // 512
-        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = node.mtime_ns
-        entry.entry_timeout = entry.attr_timeout = _FOR_EVER
-        return entry
 
     def _locate(self, inode: int) -> tuple[int, int]:
         """Where a regular file's bytes are: data-space address, size."""
