@@ -21,7 +21,9 @@ from clipfs.compression.codec import decode
 from clipfs.errors import ClipfsError, FormatError, SourceError, UsageError
 from clipfs.sources.fetcher import SourceOptions
 from clipfs.sources.packed import fetcher_for
+from clipfs.sources.web import WebFile
 from tests.conftest import require_programs, require_root
+from tests.honest import log_in
 from tests.mounts import BIG, files, run
 from tests.nginx import Nginx
 from tests.oracle import differences, picture
@@ -286,6 +288,23 @@ class TestOtherServers:
                     with pytest.raises(SourceError, match="has no http") as caught:
                         await fetcher.fetch(0, 0, 10)
         assert "s3cret" not in str(caught.value)
+
+    async def test_a_path_that_looks_like_a_host_is_a_path(self, content: bytes, tmp_path: Path) -> None:
+        """Who made a clip says where its data is, and shall not say who gets the password of that place."""
+
+        def ask_for_credentials(_: Request) -> Reply:
+            return Reply(401, b"", {"WWW-Authenticate": f'Bearer realm="{other.url}/token"'})
+
+        async with serving(honest(content)) as web, serving(ask_for_credentials) as other:
+            log_in(tmp_path, web.host)
+            login = SourceOptions(authfile=tmp_path / ".docker/config.json")
+            place = WebFile(f"{web.url}//{other.host}/x.clip", login)
+            try:
+                assert (await place.header()).data is not None
+            finally:
+                await place.aclose()
+        assert web.requests[-1].target == f"//{other.host}/x.clip"
+        assert other.requests == []
 
     async def test_the_index_is_fetched_once(self, content: bytes, runtime: Path) -> None:
         async with serving(honest(content)) as web:

@@ -107,7 +107,9 @@ class Transport:
         connections.users += 1
         fine = False
         try:
-            response = await self._head(connections.client, registry.join(path), headers, remember)
+            # Not joined to it: a path that begins with // would lead to another host.
+            start = registry.copy_with(raw_path=path.encode("ascii"))
+            response = await self._head(connections.client, start, headers, remember)
             try:
                 if response.status_code not in GOOD:
                     raise await self._refusal(response, what)
@@ -149,8 +151,7 @@ class Transport:
         while True:
             used = self._authorizer.header
             response = await self._send(client, url, headers)
-            own = origin(url) == origin(start)
-            if own and not authorized and self._may_renew(response, used):
+            if self._own(url) and not authorized and self._may_renew(response, used):
                 challenges = response.headers.get_list("WWW-Authenticate")
                 await self._finish(response)
                 await self._authorizer.renew(challenges, str(start.copy_with(raw_path=b"/")), used)
@@ -163,6 +164,10 @@ class Transport:
                 if remember is not None and url != start and response.status_code in GOOD:
                     self._found_at[remember] = url
                 return response
+
+    def _own(self, url: httpx2.URL) -> bool:
+        """Is it the registry itself that is spoken to there?"""
+        return self._origin is not None and origin(url) == origin(self._origin)
 
     def _may_renew(self, response: httpx2.Response, used: str | None) -> bool:
         """Whether other credentials may help. Some registries call an expired token 403 (ECR does), others say so to
@@ -188,7 +193,7 @@ class Transport:
         import httpx2
 
         own = dict(headers)
-        if self._authorizer.header is not None and self._origin is not None and origin(url) == origin(self._origin):
+        if self._authorizer.header is not None and self._own(url):
             own["Authorization"] = self._authorizer.header
         try:
             return await client.send(client.build_request("GET", url, headers=own), stream=True)
@@ -248,7 +253,7 @@ class Transport:
         """What an answer without the bytes means."""
         status = response.status_code
         said = message(await read_up_to(response, MAX_ERROR))
-        own = self._origin is not None and origin(response.url) == origin(self._origin)
+        own = self._own(response.url)
         if status in AGAIN or (not own and status in EXPIRED):
             return Transient(f"it answered with status {status}{said}", wish(response))
         if status in (401, 403) and own:
