@@ -14,7 +14,7 @@ import trio
 
 from clipfs.errors import AuthError, SourceError
 from clipfs.oci import Descriptor, Digest
-from clipfs.sources import open_source, retry, transport
+from clipfs.sources import open_source, retry, transport, wire
 from clipfs.sources.addresses import Surroundings
 from tests.honest import BLOB, LAYER, alone, blobs, content, ranged, registry
 from tests.web import Reply, Request, serving
@@ -165,6 +165,19 @@ class TestDistrust:
                 go_on.set()
             assert got == [LAYER[5:9]]
             assert len([each for each in web.requests if each.range(BLOB.size) == (5, 9)]) == 1
+
+    async def test_more_may_be_wrong_while_connections_are_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        close = wire.Connections.aclose
+
+        async def close_and_distrust(connections: wire.Connections) -> None:
+            source.distrust(BLOB)
+            await close(connections)
+
+        async with registry(content) as (source, _):
+            await source.read_range(BLOB, 0, 5)
+            source.distrust(BLOB)
+            monkeypatch.setattr(wire.Connections, "aclose", close_and_distrust)
+            assert await source.read_range(BLOB, 5, 9) == LAYER[5:9]
 
     async def test_what_never_came_is_nobodys_fault(self) -> None:
         async with registry(content) as (source, _):

@@ -268,15 +268,17 @@ class Transport:
     async def _started(self) -> tuple[Connections, httpx2.URL]:
         """Connections and the registry's origin, made when first needed: an HTTP client costs 0.2 s of imports."""
         async with self._starting:
-            if self._connections is None:
-                self._connections = await trio.to_thread.run_sync(self._connect)
+            # Held on to: whoever distrusts what came of them meanwhile has them given up.
+            connections = self._connections
+            if connections is None:
+                connections = self._connections = await trio.to_thread.run_sync(self._connect)
             idle = [each for each in self._given_up if not each.users]
             self._given_up = [each for each in self._given_up if each.users]
             for each in idle:
                 await each.aclose()
             if self._origin is None:
-                self._origin = await self._find_origin(self._connections.client)
-            return self._connections, self._origin
+                self._origin = await self._find_origin(connections.client)
+            return connections, self._origin
 
     def _connect(self) -> Connections:
         """Blocks: imports, and reads the system's certificates."""
