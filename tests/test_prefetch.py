@@ -21,7 +21,7 @@ class Link:
 
     def __init__(self, round_trip: float, spans_a_second: float) -> None:
         self.groups: list[list[Place]] = []
-        self.fails = False
+        self.fails: Exception | None = None
         self.busy = 0
         self.here: set[Place] = set()
         self._round_trip, self._rate = round_trip, spans_a_second
@@ -41,8 +41,8 @@ class Link:
 
     async def blocks(self) -> None:
         await trio.sleep(self._round_trip + len(self.groups[-1]) / self._rate)
-        if self.fails:
-            raise SourceError("the registry is away")
+        if self.fails is not None:
+            raise self.fails
 
 
 async def sizes(link: Link) -> list[int]:
@@ -77,10 +77,18 @@ async def test_a_link_that_becomes_slow_gets_less(autojump_clock: trio.testing.M
     assert (await sizes(link))[3:8] == [64, 64, 32, 16, 16]
 
 
-async def test_errors_are_for_those_who_read(autojump_clock: trio.testing.MockClock) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"), [(SourceError("the registry is away"), 0), (RuntimeError("nobody thought of that"), 1)]
+)
+async def test_errors_are_for_those_who_read(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture, error: Exception, said: int
+) -> None:
+    """And a bug, however many spans meet it, is for the log too."""
     link = Link(0.2, 100)
-    link.fails = True
+    link.fails = error
     await sizes(link)
+    assert [record.getMessage() for record in caplog.records] == ["a bug in clipfs, please report it"] * said
+    assert caplog.text.count(f"{type(error).__name__}: {error}") == said
 
 
 async def test_it_waits_for_those_who_wait(autojump_clock: trio.testing.MockClock) -> None:
