@@ -192,8 +192,9 @@ class TestTokens:
             with pytest.raises(SourceError, match="holds no token"):
                 await source.image()
 
-    async def test_a_token_server_that_is_none(self) -> None:
-        challenge = 'Bearer realm="https://exam\x7fple/"'
+    @pytest.mark.parametrize("host", ["exam\x7fple", "a..b", "a" * 64 + ".example"])
+    async def test_a_token_server_that_is_none(self, host: str) -> None:
+        challenge = f'Bearer realm="https://{host}/"'
         async with registry(lambda _: Reply(401, b"", {"WWW-Authenticate": challenge})) as (source, _):
             with pytest.raises(SourceError, match="names no usable token server"):
                 await source.image()
@@ -311,7 +312,9 @@ class TestRedirects:
     @pytest.mark.parametrize(
         ("location", "sentence"),
         [("file:///etc/passwd", "no web address"), ("https://user:s3cret@example.com/", "no web address"),
-         ("mailto:x@example.com", "no web address"),
+         ("mailto:x@example.com", "no web address"), ("https://256.1.1.1/", "no web address"),
+         ("http://a..b/", "no web address"), (f"https://{'a' * 64}.example/", "no web address"),
+         ("https://xn--a..b/", "no web address"),
          ("/v2/team/app/blobs/again", "more than 5 times"), ("", "more than 5 times")],
     )  # fmt: skip
     async def test_bad_ones_are_refused(self, location: str, sentence: str) -> None:
@@ -439,6 +442,12 @@ class TestAnswers:
             host = web.host
         async with open_source(f"{host}/app") as source:
             with trio.fail_after(10), pytest.raises(SourceError, match=f"from {host}: ConnectError"):
+                await source.image()
+
+    @pytest.mark.parametrize("host", ["256.1.1.1", "a" * 64 + ".example"])
+    async def test_hosts_that_are_none(self, host: str) -> None:
+        async with open_source(f"{host}/app") as source:
+            with pytest.raises(SourceError, match=f"^{host} is neither the name of a host nor an address of one$"):
                 await source.image()
 
     async def test_a_cancelled_reader_leaves_the_source_usable(self) -> None:

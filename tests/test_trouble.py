@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import trio
 
-from clipfs.errors import AuthError, SourceError
+from clipfs.errors import AuthError, SourceError, UsageError
 from clipfs.oci import Descriptor, Digest
 from clipfs.sources import open_source, retry, transport, wire
 from clipfs.sources.addresses import Surroundings
@@ -274,6 +274,14 @@ class TestProxies:
         monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
         async with registry(content) as (source, _):
             await source.image()
+
+    @pytest.mark.parametrize("host", ["a..b", "256.1.1.1"])
+    async def test_one_that_is_none(self, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("ALL_PROXY", f"http://user:s3cret@{host}")
+        async with open_source("registry.test/team/app:v1") as source:
+            with pytest.raises(UsageError, match=f"names a proxy of no use: .*@{host}") as caught:
+                await source.image()
+        assert "s3cret" not in str(caught.value)
 
     async def test_addresses_are_refused_there_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         move = blobs(lambda _: Reply(307, b"", {"Location": "http://169.254.169.254/"}))

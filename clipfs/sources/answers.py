@@ -1,4 +1,4 @@
-"""What an answer's head or a broken connection means, in words and in seconds.
+"""What an address, an answer's head or a broken connection means, in words and in seconds.
 
 Pure, but for reading bodies up to a limit. Who asked, and what is done about it, is the business of `transport`.
 """
@@ -31,6 +31,14 @@ REDIRECTS = frozenset({301, 302, 303, 307, 308})
 def origin(url: httpx2.URL) -> tuple[str, str, int | None]:
     """Scheme, host and port: who sees a secret that is sent there."""
     return url.scheme, url.host, url.port or {"http": 80, "https": 443}.get(url.scheme)
+
+
+def has_host(url: httpx2.URL) -> bool:
+    """Whether its host can be looked up: names have no part that is empty, and none of more than 63 characters."""
+    try:
+        return bool(url.host and url.raw_host.decode("ascii").encode("idna"))
+    except UnicodeError:
+        return False
 
 
 async def read_up_to(response: httpx2.Response, limit: int) -> bytes:

@@ -26,6 +26,7 @@ from clipfs.sources.answers import (
     GOOD,
     MAX_ERROR,
     REDIRECTS,
+    has_host,
     message,
     origin,
     read_up_to,
@@ -199,6 +200,8 @@ class Transport:
             return await client.send(client.build_request("GET", url, headers=own), stream=True)
         except httpx2.TransportError as error:
             raise translated(error, self._host) from error
+        except UnicodeError:  # the host of `url`, or of a redirect in the answer, can be none
+            raise self._no_address() from None
 
     async def _finish(self, response: httpx2.Response) -> None:
         """Close an answer of which only the head counts; a short body is read, so that its connection serves again."""
@@ -222,10 +225,13 @@ class Transport:
         except (httpx2.InvalidURL, ValueError):
             target = httpx2.URL()
         if target.scheme not in ("http", "https") or not target.host or target.userinfo:
-            raise SourceError(f"{self._host} redirects to something that is no web address")
+            raise self._no_address()
         if url.scheme == "https" and target.scheme == "http":
             raise SourceError(f"{self._host} redirects from https to plain http on {target.host}; refused")
         return target
+
+    def _no_address(self) -> SourceError:
+        return SourceError(f"{self._host} redirects to something that is no web address")
 
     async def _ask(self, url: str, *, headers: Mapping[str, str], form: bytes | None, limit: int) -> Answer:
         """See `auth.Ask`."""
@@ -244,7 +250,7 @@ class Transport:
             finally:
                 with trio.move_on_after(_CLOSE_SECONDS, shield=True):
                     await response.aclose()
-        except httpx2.InvalidURL:
+        except (httpx2.InvalidURL, UnicodeError):
             raise SourceError(f"{self._host} names no usable token server") from None
         except httpx2.TransportError as error:
             raise translated(error, self._host) from error
@@ -289,7 +295,13 @@ class Transport:
         if self._certificates is None:
             self._certificates = trusted_certificates(self._insecure, self._ca)
         if self._surroundings is None:
-            self._surroundings = Surroundings(httpx2.URL(f"https://{self._server}").host)
+            try:
+                own = httpx2.URL(f"https://{self._server}")
+            except httpx2.InvalidURL:
+                own = httpx2.URL()
+            if not has_host(own):
+                raise SourceError(f"{self._host} is neither the name of a host nor an address of one")
+            self._surroundings = Surroundings(own.host)
         return Connections(self._certificates, self._surroundings, self._deadlines)
 
     async def _find_origin(self, client: httpx2.AsyncClient) -> httpx2.URL:

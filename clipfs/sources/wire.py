@@ -17,6 +17,7 @@ import trio
 
 from clipfs.errors import SourceError, UsageError
 from clipfs.sources.addresses import Surroundings
+from clipfs.sources.answers import has_host
 from clipfs.sources.proxies import proxy_for
 from clipfs.sources.redact import redacted, watch_client_logs
 from clipfs.sources.retry import Deadlines
@@ -82,6 +83,8 @@ class _Routes(httpx2.AsyncBaseTransport):
     def _through(self, proxy: str) -> httpx2.AsyncHTTPTransport:
         if proxy not in self._proxies:
             try:
+                if not has_host(httpx2.URL(proxy)):
+                    raise httpx2.InvalidURL(proxy)
                 self._proxies[proxy] = httpx2.AsyncHTTPTransport(verify=self._context, limits=_LIMITS, proxy=proxy)
             except (httpx2.InvalidURL, ValueError):
                 raise UsageError(f"the environment names a proxy of no use: {redacted(proxy)}") from None
