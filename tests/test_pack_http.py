@@ -205,6 +205,17 @@ class TestOtherServers:
         async with serving(altered(cut, content)) as web:
             await read_all(f"{web.url}/x.clip", tmp_path)
 
+    async def test_answers_that_break_where_they_end(self, content: bytes, tmp_path: Path) -> None:
+        def endless(request: Request, reply: Reply) -> Reply:
+            if request.path != "/x.clip":
+                return reply
+            return replace(reply, headers={**reply.headers, "Transfer-Encoding": "chunked"}, cut=len(reply.body))
+
+        async with serving(altered(endless, content)) as web:
+            await read_all(f"{web.url}/x.clip", tmp_path)
+        asked = [request.range(len(content)) for request in web.requests if request.path == "/x.clip"]
+        assert all(start < end for start, end in asked)
+
     async def test_an_index_is_served_too(self, clip: Path, tmp_path: Path) -> None:
         """One without data leads to its image, wherever it comes from."""
         async with serving(honest(await trio.Path(clip).read_bytes())) as web:

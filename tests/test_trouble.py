@@ -38,6 +38,21 @@ class TestResuming:
             assert await source.read_range(BLOB, 1000, 200_000) == LAYER[1000:200_000]
         assert ranges(web.requests) == [(1000, 200_000), (1100, 200_000), (1101, 200_000), (51_101, 200_000)]
 
+    @pytest.mark.parametrize(("start", "end"), [(0, BLOB.size), (100, 5000)])
+    async def test_what_is_all_here_is_not_asked_for_again(self, start: int, end: int) -> None:
+        """The answer breaks where it should say that it ends."""
+
+        def endless(request: Request) -> Reply:
+            whole = ranged(request, LAYER)
+            return Reply(
+                whole.status, whole.body, {**whole.headers, "Transfer-Encoding": "chunked"}, cut=len(whole.body)
+            )
+
+        async with registry(blobs(endless)) as (source, web):
+            assert await source.read_range(BLOB, start, end) == LAYER[start:end]
+            assert b"".join([chunk async for chunk in source.stream(BLOB)]) == LAYER
+        assert ranges(web.requests) == [(start, end), (0, BLOB.size)]
+
     async def test_a_range_that_only_ever_breaks_ends(self) -> None:
         def cut(request: Request) -> Reply:
             whole = ranged(request, LAYER)

@@ -102,6 +102,8 @@ class RegistrySource(Source):
 
         async def attempt(site: _Site) -> None:
             nonlocal at
+            if at == end:  # the last answer broke when all of it was here
+                return
             async with (
                 _blob(site, blob, at, end) as response,
                 aclosing(_exactly(response, at, end, blob)) as chunks,
