@@ -94,6 +94,15 @@ class TestNames:
         with pytest.raises(UsageError, match="nothing"):
             open_source(f"{form}:{tmp_path}/nothing")
 
+    @pytest.mark.parametrize("form", ["oci", "oci-archive", "docker-archive"])
+    def test_what_cannot_be_looked_at_is_said(self, form: str) -> None:
+        with pytest.raises(SourceError, match=r"cannot read /xx.*: File name too long"):
+            open_source(f"{form}:/{'x' * 5000}")
+
+    def test_a_long_name_is_no_path(self) -> None:
+        with pytest.raises(UsageError, match="is no image name"):
+            open_source("X" * 5000)
+
     def test_names_become_absolute(self, layout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(layout.parent)
         assert open_source("oci:layout:v1").name == f"oci:{layout}:v1"
@@ -270,6 +279,13 @@ class TestOciArchive:
         async with open_source(f"oci-archive:{tmp_path}/image.tar:v1") as source:
             assert await layers_of(source) == [ONE, TWO]
 
+    async def test_a_link_to_one(self, layout: Path, tmp_path: Path) -> None:
+        run("tar", "-cf", tmp_path / "image.tar", ".", cwd=layout)
+        (tmp_path / "link.tar").symlink_to("image.tar")
+        async with open_source(f"oci-archive:{tmp_path}/link.tar") as source:
+            assert (await source.image()).name == f"oci-archive:{tmp_path}/image.tar"
+            assert await layers_of(source) == [ONE, TWO]
+
     @pytest.mark.parametrize(("tool", "suffix"), [("gzip", "gz"), ("xz", "xz"), ("zstd", "zst"), ("bzip2", "bz2")])
     async def test_compressed_ones_say_what_to_do(self, layout: Path, tmp_path: Path, tool: str, suffix: str) -> None:
         run("tar", "-cf", tmp_path / "image.tar", ".", cwd=layout)
@@ -290,6 +306,11 @@ class TestDockerArchive:
         async with open_source(f"docker-archive:{archive}") as source:
             image = await source.image()
             assert [blob.digest for blob in image.manifest.layers] == list(image.config.diff_ids)
+            assert await layers_of(source) == [ONE, TWO]
+
+    async def test_a_link_to_one(self, archive: Path, tmp_path: Path) -> None:
+        (tmp_path / "link.tar").symlink_to(archive)
+        async with open_source(f"docker-archive:{tmp_path}/link.tar") as source:
             assert await layers_of(source) == [ONE, TWO]
 
     async def test_names(self, archive: Path) -> None:

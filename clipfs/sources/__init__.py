@@ -5,6 +5,7 @@ What the kinds of sources need is imported when one is opened: a mount opens its
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from clipfs.errors import UsageError
@@ -50,11 +51,7 @@ def open_source(
     try:
         reference = Reference.parse(name.removeprefix("docker://"))
     except UsageError as error:
-        hint = (
-            f"If the path {quoted(name)} is meant, put its form before it. "
-            if Path(name.replace("\0", "")).exists()
-            else ""
-        )
+        hint = f"If the path {quoted(name)} is meant, put its form before it. " if os.path.exists(name) else ""
         raise UsageError(f"{error}. {hint}{_FORMS}") from None
     from clipfs.sources.registry import RegistrySource
 

@@ -18,7 +18,7 @@ import trio
 
 from clipfs.errors import ImageError, SourceError, UsageError, shown
 from clipfs.oci import MAX_MANIFEST, Descriptor, Platform
-from clipfs.sources.base import Document, LocalBlob, LocalSource, read_file
+from clipfs.sources.base import Document, LocalBlob, LocalSource, is_file, read_file
 from clipfs.sources.layout import choose
 
 # An image has a few hundred blobs at most; a list that is longer than this is an attack on memory.
@@ -44,8 +44,9 @@ class Archive:
     """The members of one tar file, scanned when first asked for."""
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(os.path.abspath(path))
-        if not self.path.is_file():
+        # Who names an archive may do so by a link; reading follows none.
+        self.path = Path(os.path.realpath(path))
+        if not is_file(self.path):
             raise UsageError(f"{path} is no file; name an archive of an image")
 
     def find(self, name: str) -> LocalBlob:

@@ -176,6 +176,16 @@ def check_range(blob: Descriptor, start: int, end: int) -> None:
         raise SourceError(f"bytes {start} to {end} were asked of blob {blob.digest}, which has {blob.size}")
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file; SourceError if that cannot be found out."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror}") from error
+
+
 def read_file(path: Path, offset: int, length: int) -> bytes:
     """Up to `length` bytes of a regular file, fewer only at its end; SourceError with the reason if it cannot be read.
 

@@ -14,7 +14,7 @@ import trio
 from clipfs.errors import ImageError, SourceError, UsageError
 from clipfs.fields import quoted
 from clipfs.oci import MAX_MANIFEST, Descriptor, ImageIndex, Platform, parse_manifest
-from clipfs.sources.base import Document, LocalBlob, LocalSource, read_file
+from clipfs.sources.base import Document, LocalBlob, LocalSource, is_file, read_file
 
 _TAG = "org.opencontainers.image.ref.name"
 # Tags that an error lists before it stops; a mirror's layout may have thousands.
@@ -26,7 +26,7 @@ class LayoutSource(LocalSource):
 
     def __init__(self, directory: Path, tag: str | None = None) -> None:
         self._root = Path(os.path.realpath(directory))
-        if not (self._root / "index.json").is_file():
+        if not is_file(self._root / "index.json"):
             raise UsageError(f"{directory} is no OCI layout: it has no file index.json")
         self._tag = tag
         self.name = f"oci:{self._root}" + (f":{tag}" if tag else "")

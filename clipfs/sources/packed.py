@@ -16,7 +16,7 @@ from clipfs.errors import FormatError, SourceError, UsageError
 from clipfs.fields import quoted
 from clipfs.format.container import ITSELF, Layer, Section
 from clipfs.oci import Manifest
-from clipfs.sources.base import Sink
+from clipfs.sources.base import Sink, is_file
 from clipfs.sources.fetcher import Fetcher, LayerFetcher, SourceOptions
 from clipfs.sources.place import LocalFile, Place, ReplacedError, is_url
 
@@ -65,7 +65,7 @@ def _place(name: str, clip: Path, options: SourceOptions) -> Place:
 
 def _path(name: str, clip: Path) -> Path:
     path = Path(name.removeprefix(ITSELF))
-    if not path.is_file():
+    if not is_file(path):
         raise UsageError(f"the data of {clip} is in {quoted(name)}, which is no file; name the packed .clip or its URL")
     return path
 
