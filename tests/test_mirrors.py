@@ -205,6 +205,14 @@ class TestFailover:
         with pytest.raises(SourceError, match=f"^{fleet.main.host} has no blob .*'the real one'"):
             await fleet.source.read_range(BLOB, 0, 5)
 
+    async def test_the_last_word_of_a_mirror_is_not_the_registrys(self, fleet: Fleet) -> None:
+        fleet.first.handler = lambda request: Reply(401)
+        fleet.second.handler = lambda request: Reply(404)
+        fleet.main.handler = lambda request: Reply(503)
+        with pytest.raises(SourceError, match=f"^cannot get blob .* from {fleet.main.host}: .* status 503") as caught:
+            await fleet.source.read_range(BLOB, 0, 5)
+        assert caught.value.exit_code == SourceError.exit_code
+
     async def test_when_the_registry_fails_those_that_rest_are_asked(self, fleet: Fleet) -> None:
         fleet.first.handler = fleet.second.handler = lambda request: Reply(500)
         assert await fleet.source.read_range(BLOB, 0, 5) == LAYER[:5]

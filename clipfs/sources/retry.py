@@ -164,7 +164,7 @@ class Turns(Generic[S]):
         server = self._queue.pop(0)
         if isinstance(failure, Transient):
             self._passing = failure
-        elif self._final is None or server is self._main:
+        elif server is self._main:  # what a mirror has not, or does not give, another may
             self._final = failure
         if server is not self._main:
             server.failed()
