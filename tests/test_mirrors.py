@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from clipfs.oci import Digest, Reference
 from clipfs.sources import Source, open_source, retry
 from clipfs.sources.mirrors import endpoints
 from clipfs.sources.retry import Deadlines, Server, Transient, Turns
+from tests.conftest import require_root
 from tests.honest import BLOB, LAYER, MANIFEST, alone, blobs, content, log_in, ranged
 from tests.web import Reply, Request, Web, serving
 
@@ -129,6 +131,18 @@ class TestConfiguration:
         write(directory / "10.conf", "ten.test")
         write(directory / "30.other", "other.test")
         assert first() == "twenty.test"
+
+    def test_a_home_that_one_may_not_look_into(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whoever becomes another user may keep the $HOME of the first."""
+        require_root()
+        monkeypatch.delenv("CONTAINERS_REGISTRIES_CONF")
+        tmp_path.chmod(0o700)
+        os.seteuid(65534)
+        try:
+            found = endpoints(Reference.parse("x.test/a"), insecure=False)
+        finally:
+            os.seteuid(0)
+        assert [str(each.reference) for each in found] == ["x.test/a:latest"]
 
 
 class Fleet(NamedTuple):

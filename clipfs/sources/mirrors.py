@@ -14,6 +14,7 @@ import os
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,10 +107,12 @@ def _files() -> Iterator[Path]:
     home = Path(os.environ.get("HOME") or "/")
     user = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config") / "containers"
     system = Path("/etc/containers")
-    both = [user] if (user / "registries.conf").is_file() else [system, user]
+    # In a way that takes what this user may not look into for empty: $HOME may be another's.
+    both = [user] if os.path.isfile(user / "registries.conf") else [system, user]
     yield both[0] / "registries.conf"
     for directory in both:
-        yield from sorted((directory / "registries.conf.d").glob("*.conf"))
+        dropped_in = directory / "registries.conf.d"
+        yield from (dropped_in / name for name in sorted(glob("*.conf", root_dir=dropped_in)))
 
 
 def _read(path: Path) -> Iterator[_Table]:
