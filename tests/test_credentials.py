@@ -166,7 +166,10 @@ def test_a_named_file_must_be_there(home: Path) -> None:
         find("h", "x", home / "missing.json")
 
 
-@pytest.mark.parametrize("value", [[], {"auths": 1}, {"auths": {"h": {"auth": "%"}}}, {"credHelpers": {"h": 1}}])
+@pytest.mark.parametrize(
+    "value",
+    [[], {"auths": 1}, *({"auths": {"h": {"auth": text}}} for text in ("%", "éé==")), {"credHelpers": {"h": 1}}],
+)
 def test_malformed_files_are_named(write: Write, value: object) -> None:
     path = write("bad.json", value)
     with pytest.raises(UsageError, match=r"bad\.json"):

@@ -7,7 +7,6 @@ message and every ``repr``.
 from __future__ import annotations
 
 import base64
-import binascii
 import logging
 import os
 import re
@@ -118,7 +117,7 @@ def _entry(entry: Fields) -> Credentials | None:
     if auth:
         try:
             user, _, password = base64.b64decode(auth, validate=True).decode().rstrip("\0").partition(":")
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:
             raise UsageError(f"{entry.where} holds an 'auth' that is not base64; log in again") from None
     return Credentials(user, password, token) if token or user else None
 
