@@ -279,6 +279,7 @@ class TestOtherServers:
             ("https://example.org:99999/x.clip", "a web address has the form"),
             ("https://[::/x.clip", "a web address has the form"),
             ("https://example.org/ x.clip", "a web address has the form"),
+            (f"https://example.org/{'x' * 70_000}", "up to 8192 characters"),
         ],
     )
     def test_addresses_that_are_not_asked(self, url: str, words: str) -> None:

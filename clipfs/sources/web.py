@@ -31,6 +31,9 @@ T = TypeVar("T")
 # more shall not fill the disk.
 _MAX_INDEX = 1 << 32
 
+# Characters of an address. Few servers take more, and the client takes no more than 65536.
+_LONGEST = 1 << 13
+
 # The index part is fetched in ranges of this many bytes, so that memory stays flat.
 _PIECE = 8 << 20
 
@@ -66,9 +69,11 @@ class WebFile(Place):
             sound = parts.hostname and (parts.port is None or parts.port > 0) and "@" not in parts.netloc
         except ValueError:
             sound = False
-        if not (sound and url.isascii() and url.isprintable() and " " not in url):
+        if not (sound and url.isascii() and url.isprintable() and " " not in url and len(url) <= _LONGEST):
             # Not quoted: there may be a password in it.
-            raise UsageError("a web address has the form https://HOST/PATH, and no password in it")
+            raise UsageError(
+                f"a web address has the form https://HOST/PATH, no password in it, and up to {_LONGEST} characters"
+            )
         self.name = f"{parts.scheme}://{parts.netloc}{parts.path}"
         if not (parts.scheme == "https" or options.insecure or is_loopback(parts.hostname or "")):
             raise UsageError(f"{self.name} would be read without encryption; use https, or allow it with --insecure")
