@@ -49,7 +49,7 @@ def required_directories(config: clipfs.ImageConfig, options: RunOptions) -> tup
 def runtime_spec(config: clipfs.ImageConfig, options: RunOptions, rootfs: Path, container_id: str) -> dict[str, Any]:
     """The spec of a container whose root is `rootfs`, mounted and seeded: users and volumes are looked up in it."""
     with opened_root(rootfs) as root:
-        user = look_up(root, options.user if options.user is not None else config.user)
+        user = look_up(root, options.user or config.user)
         volumes = _image_volumes(config, rootfs, root) if options.read_only else []
     hostname = options.hostname or (socket.gethostname() if options.network == "host" else container_id)
     spec: dict[str, Any] = {

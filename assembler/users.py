@@ -45,17 +45,20 @@ class _Group(NamedTuple):
 def look_up(root: int, wanted: str) -> Identity:
     """``USER[:GROUP]``, names or numbers; empty means root. UsageError if the image does not know a name.
 
-    A number need not be known: it then has group 0 and home ``/``. Supplementary groups are those that list the user,
-    unless a group is named: then there are none, as in docker.
+    What is all digits is a number, whatever the image calls its users: it must not turn one that was asked for into
+    root. A number need not be known: it then has group 0 and home ``/``. Supplementary groups are those that list the
+    user, unless a group is named: then there are none, as in docker.
     """
     who, _, group = wanted.partition(":")
-    users = list(_users(root))
-    user = next((each for each in users if each.name == who), None) if who else None
-    if user is None:
+    users = _users(root)
+    if _is_number(who or "0"):
         uid = _number(who or "0")
-        if uid is None:
-            raise clipfs.UsageError(f"the image has no user '{who}' in its /etc/passwd; name another, or a number")
-        user = next((each for each in users if each.uid == uid), _User("", uid, 0, "/"))
+        unknown = None if uid is None else _User("", uid, 0, "/")
+        user = next((each for each in users if each.uid == uid), unknown)
+    else:
+        user = next((each for each in users if each.name == who), None)
+    if user is None:
+        raise clipfs.UsageError(f"the image has no user '{who}' in its /etc/passwd; name another, or a number")
     if group:
         return Identity(user.uid, _group_id(root, group), (), user.home)
     groups = tuple(sorted({each.gid for each in _groups(root) if user.name and user.name in each.members} - {user.gid}))
@@ -63,7 +66,10 @@ def look_up(root: int, wanted: str) -> Identity:
 
 
 def _group_id(root: int, wanted: str) -> int:
-    gid = next((each.gid for each in _groups(root) if each.name == wanted), _number(wanted))
+    if _is_number(wanted):
+        gid = _number(wanted)
+    else:
+        gid = next((each.gid for each in _groups(root) if each.name == wanted), None)
     if gid is None:
         raise clipfs.UsageError(f"the image has no group '{wanted}' in its /etc/group; name another, or a number")
     return gid
@@ -71,16 +77,16 @@ def _group_id(root: int, wanted: str) -> int:
 
 def _users(root: int) -> Iterator[_User]:
     for fields in _lines(root, b"etc/passwd"):
-        if len(fields) >= 6:
+        if len(fields) >= 4:
             uid, gid = _number(fields[2]), _number(fields[3])
             if uid is not None and gid is not None:
-                yield _User(fields[0], uid, gid, fields[5] or "/")
+                yield _User(fields[0], uid, gid, (fields[5] if len(fields) > 5 else "") or "/")
 
 
 def _groups(root: int) -> Iterator[_Group]:
     for fields in _lines(root, b"etc/group"):
-        if len(fields) >= 4 and (gid := _number(fields[2])) is not None:
-            yield _Group(fields[0], gid, tuple(fields[3].split(",")))
+        if len(fields) >= 3 and (gid := _number(fields[2])) is not None:
+            yield _Group(fields[0], gid, tuple(fields[3].split(",")) if len(fields) > 3 else ())
 
 
 def _lines(root: int, path: bytes) -> Iterator[list[str]]:
@@ -92,8 +98,12 @@ def _lines(root: int, path: bytes) -> Iterator[list[str]]:
         yield os.fsdecode(line).strip().split(":")
 
 
-def _number(text: str) -> int | None:
+def _is_number(text: str) -> bool:
     # isdecimal alone would take other scripts' digits, which no file system knows.
-    if not (text.isascii() and text.isdecimal()) or len(text) > 10:
+    return text.isascii() and text.isdecimal()
+
+
+def _number(text: str) -> int | None:
+    if not _is_number(text) or len(text) > 10:
         return None
     return number if (number := int(text)) <= _MAX_ID else None

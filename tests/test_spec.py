@@ -113,7 +113,8 @@ def test_user_of_the_image_and_of_the_caller(root: Path) -> None:
     assert found["process"]["user"] == {"uid": 1000, "gid": 1000, "additionalGids": [10], "umask": 0o022}
     assert environment(found)["HOME"] == "/home/app"
     assert spec(root, config, user="0:0")["process"]["user"]["uid"] == 0
-    assert spec(root, config, user="")["process"]["user"]["uid"] == 0
+    # An empty variable of a shell is no reason to be root.
+    assert spec(root, config, user="")["process"]["user"]["uid"] == 1000
 
 
 def test_capabilities_are_dockers(root: Path) -> None:

@@ -21,7 +21,9 @@ homeless:x:1002:1002::
 negative:x:-1:0::/:
 word:x:ten:0::/:
 huge:x:2147483648:0::/:
-77:x:4077:4077:a name of digits:/seventy:
+77:x:0:0:a number that would be root:/root:
+99999999999:x:0:0:another one:/root:
+four:x:2000:2001
 +::::::
 twin:x:1000:9:the same uid:/twin:
 """
@@ -33,8 +35,8 @@ audio:x:29:app
 audio-too:x:29:app
 others:x:30:application
 four:x:nan:app
-short:x:5
-88:x:4088:
+short:x:55
+88:x:0:
 """
 
 
@@ -70,8 +72,10 @@ def root(etc: Path) -> Iterator[int]:
         ("4242:4343", Identity(4242, 4343, (), "/")),
         ("2147483647", Identity(2147483647, 0, (), "/")),
         ("homeless", Identity(1002, 1002, (), "/")),
-        ("77", Identity(4077, 4077, (), "/seventy")),
-        ("app:88", Identity(1000, 4088, (), "/home/app")),
+        ("77", Identity(77, 0, (), "/")),
+        ("app:88", Identity(1000, 88, (), "/home/app")),
+        ("four", Identity(2000, 2001, (), "/")),
+        ("app:short", Identity(1000, 55, (), "/home/app")),
         ("twin", Identity(1000, 9, (), "/twin")),
     ],
 )
@@ -79,13 +83,15 @@ def test_look_up(root: int, wanted: str, identity: Identity) -> None:
     assert look_up(root, wanted) == identity
 
 
-@pytest.mark.parametrize("wanted", ["nobody", "negative", "word", "huge", "short", "2147483648", "-1", "٣", "9" * 5000])
+@pytest.mark.parametrize(
+    "wanted", ["nobody", "negative", "word", "huge", "short", "2147483648", "-1", "٣", "9" * 11, "9" * 5000]
+)
 def test_unknown_users(root: int, wanted: str) -> None:
     with pytest.raises(clipfs.UsageError, match="the image has no user"):
         look_up(root, wanted)
 
 
-@pytest.mark.parametrize("wanted", ["app:nobody", "app:four", "app:short", "0:2147483648", "0:a:b"])
+@pytest.mark.parametrize("wanted", ["app:nobody", "app:four", "0:2147483648", "0:a:b"])
 def test_unknown_groups(root: int, wanted: str) -> None:
     with pytest.raises(clipfs.UsageError, match="the image has no group"):
         look_up(root, wanted)
