@@ -47,7 +47,8 @@ def look_up(root: int, wanted: str) -> Identity:
 
     What is all digits is a number, whatever the image calls its users: it must not turn one that was asked for into
     root. A number need not be known: it then has group 0 and home ``/``. Supplementary groups are those that list the
-    user, unless a group is named: then there are none, as in docker.
+    user, unless a group is named: then there are none, as in docker. The primary group is always among them, because
+    without that a setgid program could drop a group that a file denies something to.
     """
     who, _, group = wanted.partition(":")
     users = _users(root)
@@ -60,9 +61,10 @@ def look_up(root: int, wanted: str) -> Identity:
     if user is None:
         raise clipfs.UsageError(f"the image has no user '{who}' in its /etc/passwd; name another, or a number")
     if group:
-        return Identity(user.uid, _group_id(root, group), (), user.home)
-    groups = tuple(sorted({each.gid for each in _groups(root) if user.name and user.name in each.members} - {user.gid}))
-    return Identity(user.uid, user.gid, groups, user.home)
+        gid = _group_id(root, group)
+        return Identity(user.uid, gid, (gid,), user.home)
+    groups = {each.gid for each in _groups(root) if user.name and user.name in each.members}
+    return Identity(user.uid, user.gid, tuple(sorted(groups | {user.gid})), user.home)
 
 
 def _group_id(root: int, wanted: str) -> int:

@@ -110,7 +110,7 @@ def test_a_terminal_has_a_kind_and_the_image_may_choose_it(root: Path) -> None:
 def test_user_of_the_image_and_of_the_caller(root: Path) -> None:
     config = replace(CONFIG, user="app")
     found = spec(root, config)
-    assert found["process"]["user"] == {"uid": 1000, "gid": 1000, "additionalGids": [10], "umask": 0o022}
+    assert found["process"]["user"] == {"uid": 1000, "gid": 1000, "additionalGids": [10, 1000], "umask": 0o022}
     assert environment(found)["HOME"] == "/home/app"
     assert spec(root, config, user="0:0")["process"]["user"]["uid"] == 0
     # An empty variable of a shell is no reason to be root.

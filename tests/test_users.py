@@ -59,24 +59,24 @@ def root(etc: Path) -> Iterator[int]:
 @pytest.mark.parametrize(
     ("wanted", "identity"),
     [
-        ("", Identity(0, 0, (10,), "/root")),
-        ("root", Identity(0, 0, (10,), "/root")),
-        ("0", Identity(0, 0, (10,), "/root")),
-        ("app", Identity(1000, 1001, (10, 29), "/home/app")),
-        ("1000", Identity(1000, 1001, (10, 29), "/home/app")),
-        ("app:wheel", Identity(1000, 10, (), "/home/app")),
-        ("app:12345", Identity(1000, 12345, (), "/home/app")),
-        ("app:", Identity(1000, 1001, (10, 29), "/home/app")),
-        (":wheel", Identity(0, 10, (), "/root")),
-        ("4242", Identity(4242, 0, (), "/")),
-        ("4242:4343", Identity(4242, 4343, (), "/")),
-        ("2147483647", Identity(2147483647, 0, (), "/")),
-        ("homeless", Identity(1002, 1002, (), "/")),
-        ("77", Identity(77, 0, (), "/")),
-        ("app:88", Identity(1000, 88, (), "/home/app")),
-        ("four", Identity(2000, 2001, (), "/")),
-        ("app:short", Identity(1000, 55, (), "/home/app")),
-        ("twin", Identity(1000, 9, (), "/twin")),
+        ("", Identity(0, 0, (0, 10), "/root")),
+        ("root", Identity(0, 0, (0, 10), "/root")),
+        ("0", Identity(0, 0, (0, 10), "/root")),
+        ("app", Identity(1000, 1001, (10, 29, 1001), "/home/app")),
+        ("1000", Identity(1000, 1001, (10, 29, 1001), "/home/app")),
+        ("app:wheel", Identity(1000, 10, (10,), "/home/app")),
+        ("app:12345", Identity(1000, 12345, (12345,), "/home/app")),
+        ("app:", Identity(1000, 1001, (10, 29, 1001), "/home/app")),
+        (":wheel", Identity(0, 10, (10,), "/root")),
+        ("4242", Identity(4242, 0, (0,), "/")),
+        ("4242:4343", Identity(4242, 4343, (4343,), "/")),
+        ("2147483647", Identity(2147483647, 0, (0,), "/")),
+        ("homeless", Identity(1002, 1002, (1002,), "/")),
+        ("77", Identity(77, 0, (0,), "/")),
+        ("app:88", Identity(1000, 88, (88,), "/home/app")),
+        ("four", Identity(2000, 2001, (2001,), "/")),
+        ("app:short", Identity(1000, 55, (55,), "/home/app")),
+        ("twin", Identity(1000, 9, (9,), "/twin")),
     ],
 )
 def test_look_up(root: int, wanted: str, identity: Identity) -> None:
@@ -100,7 +100,7 @@ def test_unknown_groups(root: int, wanted: str) -> None:
 def test_an_image_without_the_files_knows_root_and_numbers(etc: Path, root: int) -> None:
     (etc / "passwd").unlink()
     (etc / "group").unlink()
-    assert look_up(root, "") == look_up(root, "0:0") == Identity(0, 0, (), "/")
+    assert look_up(root, "") == look_up(root, "0:0") == Identity(0, 0, (0,), "/")
     with pytest.raises(clipfs.UsageError, match="no user 'root'"):
         look_up(root, "root")
 
@@ -115,7 +115,7 @@ def test_links_stay_in_the_image(etc: Path, root: int) -> None:
     (etc / "passwd").unlink()
     (etc / "passwd").symlink_to("/../../../../etc/users")
     (etc / "users").write_text("inside:x:7:8::/in:/bin/sh\n")
-    assert look_up(root, "inside") == Identity(7, 8, (), "/in")
+    assert look_up(root, "inside") == Identity(7, 8, (8,), "/in")
     with pytest.raises(clipfs.UsageError, match="no user 'root'"):
         look_up(root, "root")
 
