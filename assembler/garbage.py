@@ -9,8 +9,9 @@ import logging
 from pathlib import Path
 
 import clipfs
-from assembler import kernel, names
+from assembler import kernel
 from assembler.container import Container
+from assembler.overlay import remove_kept_work
 from assembler.runtime import recorded
 
 _log = logging.getLogger("assembler")
@@ -44,6 +45,4 @@ def _end(container: Container) -> None:
     # Unmounting a FUSE lower also ends the process that serves it.
     for place in kernel.mounts_below(container.path):
         kernel.unmount(place)
-    work = container.path / "layer-0" / "work"
-    if work.is_symlink():
-        names.remove_tree(work.readlink())
+    remove_kept_work(container)

@@ -15,8 +15,8 @@ import errno
 import fcntl
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -119,12 +119,9 @@ class ContainerOverlay:
         if upper.exists() and not upper.is_dir():
             raise clipfs.UsageError(f"what the container writes needs a directory, and {upper} is none")
         upper.mkdir(parents=True, exist_ok=True)
-        lock = os.open(upper, os.O_RDONLY | os.O_DIRECTORY)
-        undo.callback(os.close, lock)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise clipfs.UsageError(f"another container is writing to {upper}") from None
+        if not undo.enter_context(_locked(upper)):
+            raise clipfs.UsageError(f"another container is writing to {upper}")
+        _refuse_orphans(upper)
         # The kernel wants it beside the upper, not inside, and on the same mount.
         work = upper.with_name(f".{upper.name}.clipfs-work")
         (self.layer / "upper").symlink_to(upper)
@@ -170,6 +167,45 @@ class ContainerOverlay:
             )
         lowers = ", ".join(map(str, self.lowers))
         return clipfs.MountError(f"cannot mount an overlay over {lowers}: {said}{hint}")
+
+
+def remove_kept_work(container: Container) -> None:
+    """Remove the work directory beside an abandoned container's kept upper, unless another one uses it by now."""
+    layer = container.path / _LAYER
+    if (layer / "work").is_symlink():
+        upper = (layer / "upper").readlink()
+        with _locked(upper) if upper.is_dir() else nullcontext(True) as ours:
+            if ours:
+                names.remove_tree((layer / "work").readlink())
+
+
+@contextmanager
+def _locked(upper: Path) -> Iterator[bool]:
+    """The right to write to a kept upper; False if somebody else has it."""
+    fd = os.open(upper, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = True
+        except BlockingIOError:
+            ours = False
+        yield ours
+    finally:
+        os.close(fd)
+
+
+def _refuse_orphans(upper: Path) -> None:
+    """A container outlives an owner that was killed, and so does its overlay, but not the lock."""
+    for merged in (Path(each.mountpoint) for each in kernel.mounts() if each.fstype == "overlay"):
+        layer, link = merged.parent, None
+        if (layer.name, merged.name) == (_LAYER, "merged"):
+            with suppress(OSError):
+                link = (layer / "upper").readlink()
+        if link == upper:
+            raise clipfs.UsageError(
+                f"the container {layer.parent.name} is still writing to {upper}, though what started it is gone; "
+                f"run `clipfs gc --base {layer.parent.parent}` first"
+            )
 
 
 def _fstype(path: Path) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -302,6 +303,46 @@ class TestKeptUpper:
             second.mount()
         second.mount()
         second.unmount()
+
+    def test_after_its_writer_was_killed(self, lower: Path, base: Path, tmp_path: Path) -> None:
+        """What the writer had mounted outlives it; what it has left is not taken from the next one."""
+        upper = tmp_path / "kept"
+        program = (
+            "import sys, pathlib, assembler;"
+            "base, lower, upper = map(pathlib.Path, sys.argv[1:]);"
+            "container = assembler.Container.create(base, 'a');"
+            "assembler.ContainerOverlay('a', lower, base, upper=upper).mount();"
+            "print('up', flush=True); sys.stdin.read()"
+        )
+        command = [sys.executable, "-c", program, *map(str, (base, lower, upper))]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+            try:
+                assert owner.stdout
+                assert owner.stdout.readline() == b"up\n"
+            finally:
+                owner.kill()
+        with pytest.raises(
+            clipfs.UsageError, match=rf"the container a is still writing to {upper}, .*`clipfs gc --base {base}` first"
+        ):
+            ContainerOverlay("b", lower, base, upper=upper).mount()
+        # As a restart of the machine would.
+        kernel.unmount(base / "a" / "layer-0" / "merged")
+        with Container.create(base, "b"), ContainerOverlay("b", lower, base, upper=upper) as overlay:
+            assert assembler.gc(base) == ["a"]
+            # This takes the work directory.
+            (overlay.merged / "etc" / "name").unlink()
+        assert leftovers(base) == []
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["base", "kept", "lower"]
+
+    def test_that_was_removed_meanwhile(self, lower: Path, base: Path, tmp_path: Path) -> None:
+        container = Container.create(base, "a")
+        (container.path / "layer-0").mkdir()
+        for name, target in (("upper", "kept"), ("work", ".kept.clipfs-work")):
+            (container.path / "layer-0" / name).symlink_to(tmp_path / target)
+        (tmp_path / ".kept.clipfs-work").mkdir()
+        container.release()
+        assert assembler.gc(base) == ["a"]
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["base", "lower"]
 
     def test_that_is_a_file(self, lower: Path, base: Path, tmp_path: Path) -> None:
         (tmp_path / "kept").touch()
