@@ -75,9 +75,14 @@ class RunOptions:
         for what, path in (("working directory", "/" if self.workdir is None else self.workdir), *mounted):
             if not path.startswith("/"):
                 raise clipfs.UsageError(f"a {what} is an absolute path inside the container, not '{path}'")
+        places = set()
         for what, path in mounted:
-            if posixpath.normpath(path).strip("/") == "":
+            place = posixpath.normpath(path).strip("/")
+            if not place:
                 raise clipfs.UsageError(f"a {what} lies below the root of the container, it cannot replace it")
+            if place in places:
+                raise clipfs.UsageError(f"two volumes or tmpfs are to be at /{place} in the container; leave one out")
+            places.add(place)
         if "" in self.required:
             raise clipfs.UsageError("a directory that shall exist needs a name")
         if self.hostname is not None and len(os.fsencode(self.hostname)) > _MAX_HOSTNAME:

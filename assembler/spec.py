@@ -12,6 +12,7 @@ it mounted on itself, to be writable.
 from __future__ import annotations
 
 import os
+import posixpath
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def runtime_spec(config: clipfs.ImageConfig, options: RunOptions, rootfs: Path, 
         "process": _process(config, options, user, hostname),
         "root": {"path": str(rootfs), "readonly": options.read_only},
         "hostname": hostname,
-        "mounts": [*_standard_mounts(), *volumes, *_host_files(options), *_user_mounts(options)],
+        "mounts": [*_standard_mounts(), *volumes, *sorted([*_host_files(options), *_user_mounts(options)], key=_depth)],
         "linux": _linux(options, container_id),
     }
     if config.stop_signal:
@@ -137,6 +138,12 @@ def _user_mounts(options: RunOptions) -> list[dict[str, Any]]:
         access = "rro" if volume.read_only else "rw"
         mounts.append(_mount(volume.destination, "bind", str(volume.source), "rbind", "rprivate", access))
     return mounts
+
+
+def _depth(mount: dict[str, Any]) -> int:
+    """What comes last covers what is there, so what lies in another mount comes after that, however it was said."""
+    destination: str = mount["destination"]
+    return posixpath.normpath(destination).strip("/").count("/")
 
 
 def _image_volumes(config: clipfs.ImageConfig, rootfs: Path, root: int) -> list[dict[str, Any]]:

@@ -103,6 +103,16 @@ class TestOptions:
         assert (data / "new").read_text() == "x\n"
         assert not (data / "x").exists()
 
+    def test_what_lies_in_a_volume_is_seen_in_it(self, cli: Cli, tree: Path, tmp_path: Path) -> None:
+        """In whatever order it was said: what was to be read-only, or in memory, is not on the host's disk instead."""
+        for name in ("outer/ro", "outer/cache", "inner"):
+            (tmp_path / name).mkdir(parents=True)
+        volumes = ("-v", "./inner:/data/ro:ro", "--tmpfs", "/data/cache", "-v", "./outer:/data")
+        script = "touch /data/cache/secret /data/plain; touch /data/ro/x"
+        ran = cli("run", "--rm", *volumes, tree, "sh", "-c", script, cwd=tmp_path)
+        assert (ran.code, ran.err) == (1, "touch: /data/ro/x: Read-only file system\n")
+        assert [each.name for each in tmp_path.rglob("outer/**/*") if each.is_file()] == ["plain"]
+
     def test_a_volume_below_a_link_of_the_image_stays_inside(self, cli: Cli, tmp_path: Path, tree_layer: bytes) -> None:
         data, victim = tmp_path / "data", tmp_path / "victim"
         data.mkdir()

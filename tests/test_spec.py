@@ -169,18 +169,27 @@ def test_limits(root: Path) -> None:
 
 
 def test_mounts_in_their_order(root: Path, tmp_path: Path) -> None:
-    """What the user says comes last, and covers what is there."""
-    volumes = (Volume(tmp_path, "/data"), Volume(tmp_path, "/data/ro", read_only=True))
-    found = spec(root, volumes=volumes, tmpfs=("/run", "/small:size=1m,mode=700"), network="none")
+    """What the user says comes last, and covers what is there; what lies in something else comes after that."""
+    volumes = (Volume(tmp_path, "/data/ro", read_only=True), Volume(tmp_path, "/data"))
+    found = spec(root, volumes=volumes, tmpfs=("/data/cache/", "/run", "/small:size=1m,mode=700"), network="none")
     assert [each["destination"] for each in found["mounts"]] == [
         "/proc", "/dev", "/dev/pts", "/dev/shm", "/dev/mqueue", "/sys", "/sys/fs/cgroup", "/run", "/small", "/data",
-        "/data/ro",
+        "/data/cache/", "/data/ro",
     ]  # fmt: skip
     by_place = mounts(found)
     assert by_place["/data"]["options"] == ["rbind", "rprivate", "rw"]
     assert by_place["/data/ro"]["options"] == ["rbind", "rprivate", "rro"]
     assert by_place["/small"]["options"][-2:] == ["size=1m", "mode=700"]
     assert {"nosuid", "noexec", "nodev", "ro"} <= set(by_place["/sys"]["options"])
+
+
+def test_the_hosts_files_in_a_volume(root: Path, tmp_path: Path) -> None:
+    """They lie in it, unless it is one of them."""
+    files = [path for path in ("/etc/hosts", "/etc/resolv.conf") if Path(path).is_file()]
+    order = [each["destination"] for each in spec(root, volumes=(Volume(tmp_path, "/etc/../etc"),))["mounts"]]
+    assert order[-1 - len(files) :] == ["/etc/../etc", *sorted(files, reverse=True)]
+    own = spec(root, volumes=(Volume(tmp_path, "/etc/hosts"),))
+    assert mounts(own)["/etc/hosts"]["source"] == str(tmp_path)
 
 
 def test_a_volume_that_does_not_exist(root: Path) -> None:
@@ -238,6 +247,7 @@ def test_no_volumes(text: str) -> None:
         ({"tmpfs": ("/:size=1m",)}, "a tmpfs lies below the root"),
         ({"volumes": (Volume(Path("/a"), "//"),)}, "a volume lies below the root"),
         ({"volumes": (Volume(Path("/a"), "/b/../.."),)}, "a volume lies below the root"),
+        ({"tmpfs": ("/a/x",), "volumes": (Volume(Path("/a"), "//a/./x/"),)}, "two volumes or tmpfs are to be at /a/x"),
         ({"network": "bridge"}, "a network is 'host' or 'none', not 'bridge'"),
         ({"cpus": 0.0}, "at least 0.01 CPUs"),
         ({"cpus": -1.0}, "at least 0.01 CPUs"),
