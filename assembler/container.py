@@ -46,10 +46,7 @@ class Container:
             base = base.resolve()
             with _locked(base):
                 if os.path.lexists(base / container_id):
-                    raise clipfs.UsageError(
-                        f"there is a container {container_id} already; "
-                        f"remove {base / container_id} or choose another name"
-                    )
+                    raise taken(base / container_id)
                 # There may be one whose maker was killed.
                 names.remove_tree(base / _NEW)
                 (base / _NEW).mkdir(mode=0o700)
@@ -143,6 +140,22 @@ class Container:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def taken(path: Path) -> clipfs.UsageError:
+    """Why the id that would be `path` is not to be had, and what to do: never to remove what is alive or mounted."""
+    if not os.path.lexists(path / _LOCK):
+        return clipfs.UsageError(f"{path} is there and is no container; move it away or choose another name")
+    lock = _try_lock(path / _LOCK)
+    if lock is None:
+        what = "and it is in use; choose another name"
+    elif (path / _KEPT).exists():
+        what = f"and it has ended; remove {path} or choose another name"
+    else:
+        what = f"left by a run that was killed; run `clipfs gc --base {path.parent}` or choose another name"
+    if lock is not None:
+        os.close(lock)
+    return clipfs.UsageError(f"there is a container {path.name} already, {what}")
 
 
 @contextlib.contextmanager

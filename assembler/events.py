@@ -16,9 +16,12 @@ from typing import Self
 
 # What asks a command to end or to look up, and SIGWINCH, which tells that its terminal has a new size. Those of job
 # control keep their meaning for the process that waits.
-FORWARDED = (
+_ASKING = (
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH,
 )  # fmt: skip
+
+# Whatever else somebody sends on purpose, systemd's SIGRTMIN+3 for one: it would end this process, and not the command.
+FORWARDED = (*_ASKING, signal.SIGALRM, signal.SIGABRT, *range(signal.SIGRTMIN, signal.SIGRTMAX + 1))
 
 _OTHER = 0  # no signal has this number
 
@@ -27,7 +30,7 @@ class Events:
     """Signals, from the moment this context is entered until it is left, and `post`ed wake-ups.
 
     Only the main thread can receive signals; elsewhere there are none. A signal that this process was started to
-    ignore (by nohup, say) stays ignored.
+    ignore (by nohup, say) stays ignored, and one that it has a use for, a timer's say, stays its own.
     """
 
     def __init__(self) -> None:
@@ -44,7 +47,8 @@ class Events:
                 before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
                 undo.callback(signal.set_wakeup_fd, before)
                 for number in FORWARDED:
-                    if signal.getsignal(number) is not signal.SIG_IGN:
+                    handler = signal.getsignal(number)
+                    if handler is signal.SIG_DFL or (number in _ASKING and handler is not signal.SIG_IGN):
                         undo.callback(signal.signal, number, signal.signal(number, lambda *_: None))
             self._undo = undo.pop_all()
         return self
@@ -63,8 +67,8 @@ class Events:
         with contextlib.suppress(OSError):
             self._writer.send(bytes((_OTHER,)))
 
-    def take(self) -> Iterator[signal.Signals]:
+    def take(self) -> Iterator[int]:
         """The signals since the last call, in order; does not wait."""
         with contextlib.suppress(BlockingIOError):
             while numbers := self._reader.recv(256):
-                yield from (signal.Signals(number) for number in numbers if number in FORWARDED)
+                yield from (number for number in numbers if number in FORWARDED)

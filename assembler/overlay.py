@@ -23,7 +23,7 @@ from typing import Self
 
 import clipfs
 from assembler import kernel, names
-from assembler.container import Container
+from assembler.container import Container, taken
 from assembler.upper import seed
 
 _log = logging.getLogger("assembler")
@@ -105,9 +105,7 @@ class ContainerOverlay:
         try:
             self.layer.mkdir(mode=0o700)
         except FileExistsError:
-            raise clipfs.UsageError(
-                f"there is a container {self.container_id} already; remove {self.layer.parent} or choose another name"
-            ) from None
+            raise taken(self.layer.parent) from None
         self.merged.mkdir()
         if self._kept is None:
             for name in ("upper", "work"):

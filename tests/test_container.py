@@ -54,12 +54,23 @@ def test_names_that_will_not(base: Path, name: str) -> None:
 def test_a_name_is_taken_until_its_container_has_gone(base: Path) -> None:
     with Container.create(base, "web") as first:
         first.keep = True
-        with pytest.raises(clipfs.UsageError, match=f"a container web already; remove {base}/web or choose another"):
+        with pytest.raises(clipfs.UsageError, match="a container web already, and it is in use; choose another"):
             Container.create(base, "web")
-    with pytest.raises(clipfs.UsageError, match="a container web already"):
+    with pytest.raises(clipfs.UsageError, match=f"web already, and it has ended; remove {base}/web or choose another"):
         Container.create(base, "web")
     assert assembler.gc(base, kept=True) == ["web"]
     Container.create(base, "web").close()
+
+
+def test_who_is_in_the_way_of_a_name(base: Path) -> None:
+    """What was left may still run and be mounted: nobody is told to remove that by hand."""
+    abandon(base, "web")
+    with pytest.raises(clipfs.UsageError, match=f"web already, left by a run .*; run `clipfs gc --base {base}` or"):
+        Container.create(base, "web")
+    assert assembler.gc(base) == ["web"]
+    (base / "web").mkdir()
+    with pytest.raises(clipfs.UsageError, match=f"{base}/web is there and is no container; move it away or"):
+        Container.create(base, "web")
 
 
 def test_random_names_differ(base: Path) -> None:

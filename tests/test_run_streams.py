@@ -112,19 +112,20 @@ class TestPipes:
 
 class TestSignals:
     TRAPS = (
-        'for s in HUP INT QUIT TERM USR1 USR2; do trap "echo $s; exit 5" $s; done;echo up; while :; do sleep 0.05; done'
+        'for s in HUP INT QUIT TERM USR1 USR2 ALRM ABRT 37; do trap "echo $s; exit 5" $s; done; echo up;'
+        "while :; do sleep 0.05; done"
     )
 
-    @pytest.mark.parametrize("name", ["HUP", "INT", "QUIT", "TERM", "USR1", "USR2"])
+    @pytest.mark.parametrize("name", ["HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "ALRM", "ABRT", "37"])
     def test_reach_the_command(self, cli: Cli, tree: Path, name: str) -> None:
         process = cli.start("run", "--rm", tree, "sh", "-c", self.TRAPS)
         assert process.stdout
         assert process.stdout.readline() == b"up\n"
-        process.send_signal(getattr(signal, f"SIG{name}"))
+        process.send_signal(int(name) if name.isdecimal() else getattr(signal, f"SIG{name}"))
         assert process.stdout.read() == name.encode() + b"\n"
         assert process.wait(SECONDS) == 5
 
-    @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGALRM, 142)])
     def test_end_a_command_that_does_not_care(self, cli: Cli, tree_clip: Path, number: int, code: int) -> None:
         process = cli.start("run", "--rm", "-i", tree_clip, "cat")
         assert process.stdin
