@@ -15,7 +15,7 @@ import errno
 import fcntl
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +34,8 @@ _LAYER = "layer-0"
 class ContainerOverlay:
     """An overlay over `lower` (or several, topmost first) for one container; as a context manager, mounted in between.
 
-    required: more directories to seed. upper: where what is written goes, and stays; without it, below `base`.
+    required: more directories to seed, which takes its time; so `on_step` is called again and again, and may raise.
+    upper: where what is written goes, and stays; without it, below `base`.
     Unmounting leaves `upper` as it is. Where there is no `Container` of this id yet, the overlay is its own.
     """
 
@@ -46,6 +47,7 @@ class ContainerOverlay:
         required: Sequence[str] = (),
         *,
         upper: Path | None = None,
+        on_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.container_id = names.checked(container_id)
         lowers = [lower] if isinstance(lower, Path) else lower
@@ -57,6 +59,7 @@ class ContainerOverlay:
         self.layer = self.base / container_id / _LAYER
         self.merged = self.layer / "merged"
         self._kept = upper.resolve() if upper else None
+        self._on_step = on_step
         self._undo = ExitStack()
 
     @property
@@ -134,11 +137,11 @@ class ContainerOverlay:
         if self._kept and any(self._kept.iterdir()):
             below.insert(0, self._kept)
         if len(below) == 1:
-            seed(below[0], self.upper, self.required)
+            seed(below[0], self.upper, self.required, self._on_step)
             return
         kernel.mount_overlay(self.merged, below)
         try:
-            seed(self.merged, self.upper, self.required)
+            seed(self.merged, self.upper, self.required, self._on_step)
         finally:
             kernel.unmount(self.merged)
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import select
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import clipfs
 from assembler import kernel
@@ -30,6 +33,7 @@ from assembler.stdio import Stdio
 _log = logging.getLogger("assembler")
 
 Archive = Literal["v1", "v2 (OCI)"]
+_T = TypeVar("_T")
 
 
 def run(
@@ -72,19 +76,65 @@ def run_in(
     words = command(config, options)
     runtime = Runtime(options.runtime, container)
     required = required_directories(config, options)
-    overlay = ContainerOverlay(container.id, lower, container.base, required, upper=options.upper)
-    with overlay:
-        container.write_config(runtime_spec(config, options, overlay.merged, container.id))
-        container.record(runtime.program)
-        streams = Stdio(container.path, interactive=options.interactive, terminal=options.tty, on_end=events.post)
-        with streams, _created(container, runtime, streams, words[0]) as process:
-            code = process.begin(events)
-            if code is None:
+    overlay = ContainerOverlay(
+        container.id, lower, container.base, required, upper=options.upper, on_step=lambda: _end_early(events)
+    )
+    try:
+        with overlay:
+            spec = _aside(events, lambda: runtime_spec(config, options, overlay.merged, container.id))
+            container.write_config(spec)
+            container.record(runtime.program)
+            streams = Stdio(container.path, interactive=options.interactive, terminal=options.tty, on_end=events.post)
+            with streams, _created(container, runtime, streams, words[0]) as process:
+                _end_early(events)
+                runtime.start()
                 _log.info("container is now running container_id=%s", container.id)
                 on_started(process.pid)
                 code = process.attend(events, streams, _stop_signal(config))
+    except _Interrupted as ended:
+        code = ended.code
     container.keep = not options.remove
     return code
+
+
+class _Interrupted(KeyboardInterrupt):
+    """A signal came before the command ran, and would have ended it."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def _end_early(events: Events) -> None:
+    for number in events.take():
+        if number in _ENDING:
+            raise _Interrupted(128 + number)
+
+
+def _aside(events: Events, work: Callable[[], _T]) -> _T:
+    """What `work` returns, unless a signal ends it all before.
+
+    In a thread: it reads the image, whose server may be silent, and no signal but SIGKILL interrupts such a read. Who
+    is left in one is freed when the image is unmounted.
+    """
+    future: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001  raised by `result`
+            future.set_exception(error)
+        events.post()
+
+    thread = threading.Thread(target=run, name="container-spec", daemon=True)
+    thread.start()
+    poller = select.poll()
+    poller.register(events, select.POLLIN)
+    while not future.done():
+        poller.poll()
+        _end_early(events)
+    thread.join()
+    return future.result()
 
 
 @contextlib.contextmanager
@@ -98,7 +148,7 @@ def _created(container: Container, runtime: Runtime, streams: Stdio, program: st
             if error.exit_code == RunError.FAILED or program in str(error):
                 raise
             raise RunError(f"cannot execute {program}: {error}", error.exit_code) from error
-        process = _Process(runtime, pid)
+        process = _Process(pid)
         try:
             streams.connect()
             yield process
@@ -116,21 +166,12 @@ def _created(container: Container, runtime: Runtime, streams: Stdio, program: st
 class _Process:
     """The first process of a container, a child of ours since the runtime that made it has ended."""
 
-    def __init__(self, runtime: Runtime, pid: int) -> None:
+    def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._runtime = runtime
         self._pidfd = os.pidfd_open(pid)
         self._runtime_program = _program(pid)
         self._code: int | None = None
         self._killed_for: int | None = None
-
-    def begin(self, events: Events) -> int | None:
-        """Start it, unless a signal that would have ended it came first: then the exit code."""
-        for number in events.take():
-            if number in _ENDING:
-                return 128 + number
-        self._runtime.start()
-        return None
 
     def attend(self, events: Events, streams: Stdio, stop: int) -> int:
         """Wait until it has ended and its output is out; pass signals on. SIGTERM arrives as the image's `stop`."""
@@ -195,6 +236,9 @@ _ENDING = frozenset(
 )  # fmt: skip
 
 
+_STOP_SIGNAL = re.compile(r"(?:SIG)?([A-Z]{1,9}[0-9]?|[0-9]{1,2})(?:\+([0-9]{1,2}))?")
+
+
 def _program(pid: int) -> tuple[int, int] | None:
     """The file that a process executes; None if it has ended."""
     try:
@@ -217,12 +261,13 @@ def _is_default(pid: int, number: int) -> bool:
 
 def _stop_signal(config: clipfs.ImageConfig) -> int:
     """``SIGQUIT``, ``QUIT``, ``3`` or ``SIGRTMIN+3``; SIGTERM if the image says nothing or nothing sensible."""
-    name, _, offset = config.stop_signal.strip().upper().removeprefix("SIG").partition("+")
-    if not name:
+    text = config.stop_signal.strip().upper()
+    if not text:
         return signal.SIGTERM
     known = {each.name.removeprefix("SIG"): int(each) for each in signal.Signals}
-    number = known.get(name, int(name) if name.isdecimal() else 0) + (int(offset) if offset.isdecimal() else 0)
-    if 0 < number <= signal.SIGRTMAX:
-        return number
-    _log.warning("the image's stop signal %r is none; SIGTERM is used", config.stop_signal)
+    if said := _STOP_SIGNAL.fullmatch(text):
+        number = known.get(said[1], int(said[1]) if said[1].isdecimal() else 0) + int(said[2] or 0)
+        if 0 < number <= signal.SIGRTMAX:
+            return number
+    _log.warning("the image's stop signal %.100r is none; SIGTERM is used", config.stop_signal)
     return signal.SIGTERM

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,6 +27,8 @@ _DEFAULT_MODE = 0o755
 _OVERLAY_XATTRS = ("trusted.overlay.", "user.overlay.")
 _OPAQUE = "trusted.overlay.opaque"
 
+_MAX_PATH = 4095  # PATH_MAX less its NUL: nobody could go there
+
 _KINDS = {
     stat.S_IFREG: "a regular file",
     stat.S_IFCHR: "a character device",
@@ -36,16 +38,19 @@ _KINDS = {
 }
 
 
-def seed(view: Path, upper: Path, extra: Sequence[str] = ()) -> None:
+def seed(view: Path, upper: Path, extra: Sequence[str] = (), on_step: Callable[[], None] = lambda: None) -> None:
     """Make `REQUIRED` and `extra` directories in `upper`, as they are or should be in `view`.
 
     view: what will be seen below what is made here: the lower, or the read-only merge of several with a used upper.
+    on_step is called at every directory, because an image may name many: what it raises ends the seeding.
     ImageError if one of them cannot be a directory because the image has something else there.
     """
     with opened_root(view) as source, opened_root(upper) as target:
-        seeding = _Seeding(source, target)
+        seeding = _Seeding(source, target, on_step)
         seeding.copy(())
         for name in dict.fromkeys([*REQUIRED, *extra]):
+            if len(os.fsencode(name)) > _MAX_PATH:
+                raise _in_the_way(f"{name[:40]}…", f"no path on Linux is longer than {_MAX_PATH} bytes")
             try:
                 seeding.require(os.fsencode(name), REQUIRED.get(name.strip("/"), _DEFAULT_MODE))
             except NotADirectoryError as error:
@@ -60,9 +65,10 @@ def seed(view: Path, upper: Path, extra: Sequence[str] = ()) -> None:
 class _Seeding:
     """One seeding, from descriptor `view` into descriptor `upper`; remembers times until nothing is made any more."""
 
-    def __init__(self, view: int, upper: int) -> None:
+    def __init__(self, view: int, upper: int, on_step: Callable[[], None]) -> None:
         self.view = view
         self.upper = upper
+        self.on_step = on_step
         self.times: dict[tuple[bytes, ...], tuple[int, int]] = {}
 
     def require(self, path: bytes, mode: int) -> None:
@@ -75,6 +81,7 @@ class _Seeding:
 
     def copy(self, names: tuple[bytes, ...]) -> None:
         """Make a directory of the view in the upper too, unless it is there, with everything it has but its entries."""
+        self.on_step()
         if names in self.times:
             return
         self._check_kind(names)
@@ -90,6 +97,7 @@ class _Seeding:
     def restore_times(self) -> None:
         """Last of all: making something in a directory changes its times."""
         for names, times in self.times.items():
+            self.on_step()
             with opened(self.upper, names, flags=os.O_RDONLY) as target:
                 os.utime(target, ns=times)
 
@@ -104,6 +112,7 @@ class _Seeding:
 
     def _make(self, names: tuple[bytes, ...], mode: int) -> None:
         """A directory that the view does not have."""
+        self.on_step()
         if self._mkdir(names):
             with opened(self.upper, names, flags=os.O_RDONLY) as target:
                 os.fchmod(target, mode)

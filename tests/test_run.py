@@ -216,6 +216,7 @@ class TestImageConfig:
             ("SIGQUIT", signal.SIGTERM, "QUIT"),
             ("10", signal.SIGTERM, "USR1"),
             ("nonsense", signal.SIGTERM, "TERM"),
+            pytest.param("9" * 5000, signal.SIGTERM, "TERM", id="huge"),
             ("SIGQUIT", signal.SIGINT, "INT"),
         ],
     )
@@ -297,6 +298,21 @@ class TestTeardown:
             box(*(("true",) if step == "delete" else ("sleep", "1000")))
         assembler.gc(box.base)
         _reap_adopted()
+        assert leftovers(box.base) == []
+
+    def test_a_signal_ends_the_seeding(
+        self, box: Box, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """An image may want any number of directories; a signal does not wait for them."""
+
+        def endless(*_: object) -> tuple[str, ...]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return tuple(f"/{number}" for number in range(10))
+
+        monkeypatch.setattr("assembler.runner.required_directories", endless)
+        with caplog.at_level("INFO", "assembler"):
+            assert box("true").code == 143
+        assert caplog.messages == ["detected v1 archive format"]
         assert leftovers(box.base) == []
 
     def test_an_exception_of_the_caller(self, box: Box) -> None:

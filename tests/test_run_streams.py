@@ -9,6 +9,7 @@ import pty
 import random
 import select
 import signal
+import socket
 import struct
 import subprocess
 import termios
@@ -156,6 +157,19 @@ class TestSignals:
             assert said
         process.send_signal(number)
         assert process.wait(SECONDS) == 128 + number
+
+    @pytest.mark.parametrize(("number", "view"), [(signal.SIGTERM, "kernel"), (signal.SIGINT, "fuse")])
+    def test_while_the_image_is_silent(self, cli: Cli, tree_clip: Path, tmp_path: Path, number: int, view: str) -> None:
+        """Nothing but SIGKILL interrupts a read of a file; who waits for one is not to be seen waiting."""
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            source = f"docker://127.0.0.1:{silent.getsockname()[1]}/x:y"
+            process = cli.start("-v", "run", "--rm", "--source", source, "--insecure", "--view", view,
+                                "--cache-dir", tmp_path / "cache", tree_clip, "sleep", "1000")  # fmt: skip
+            assert process.stderr
+            while b"mounted layer" not in (said := process.stderr.readline()):
+                assert said
+            process.send_signal(number)
+            assert process.wait(SECONDS) == 128 + number
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
     def test_while_it_mounts(

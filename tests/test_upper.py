@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import socket
 import stat
@@ -180,6 +181,21 @@ def test_a_link_to_a_file_and_a_file_on_the_way_are_errors(lower: Path, upper: P
     (lower / "tmp").unlink()
     with pytest.raises(clipfs.ImageError, match=r"needs a directory /file/below, but /file is not a directory"):
         seed(lower, upper, ["/file/below"])
+
+
+def test_a_path_that_is_too_long_is_an_error(lower: Path, upper: Path) -> None:
+    longest = ("/" + "n" * 254) * 16 + "/" + "n" * 14
+    seed(lower, upper, [longest])
+    with pytest.raises(clipfs.ImageError, match=r"needs a directory /n+…, but no path on Linux is longer than 4095"):
+        seed(lower, upper, [f"{longest}n"])
+
+
+def test_it_can_be_ended_at_every_directory(lower: Path, upper: Path) -> None:
+    (lower / "a" / "b").mkdir(parents=True)
+    steps: list[set[str]] = []
+    seed(lower, upper, ["/a/b/c/d"], lambda: steps.append(set(tree(upper))))
+    assert all(len(after - before) <= 1 for before, after in itertools.pairwise(steps))
+    assert {"a", "a/b", "a/b/c", "a/b/c/d", *STANDARD} == steps[-1]
 
 
 def test_names_are_bytes(lower: Path, upper: Path) -> None:
