@@ -162,7 +162,7 @@ class _Output(threading.Thread):
         # A terminal ends with EIO, a reader that has left is EPIPE: both are ends, not faults.
         with contextlib.suppress(OSError):
             while data := os.read(self._source, _PIECE):
-                _write_all(self._sink, data)
+                write_all(self._sink, data)
         os.close(self._source)
         self.ended = True
         self._on_end()
@@ -173,17 +173,27 @@ def _pass_input(target: int, stop: int, at_end: bytes) -> None:
     poller = select.poll()
     poller.register(0, select.POLLIN)
     poller.register(stop, select.POLLIN)
+    last = b"\n"
     with contextlib.suppress(OSError):
         while not any(fd == stop for fd, _ in poller.poll()):
             data = os.read(0, _PIECE)
-            _write_all(target, data or at_end)
             if not data:
+                # In the middle of a line the first one only ends that line.
+                write_all(target, at_end if last == b"\n" else at_end * 2)
                 break
+            write_all(target, data)
+            last = data[-1:]
     os.close(target)
     os.close(stop)
 
 
-def _write_all(fd: int, data: bytes) -> None:
+def write_all(fd: int, data: bytes) -> None:
+    """Write everything, however long it takes; whoever gave us a file may have made it non-blocking."""
     rest = memoryview(data)
     while rest:
-        rest = rest[os.write(fd, rest) :]
+        try:
+            rest = rest[os.write(fd, rest) :]
+        except BlockingIOError:
+            poller = select.poll()
+            poller.register(fd, select.POLLOUT)
+            poller.poll()

@@ -63,6 +63,24 @@ class TestPipes:
         assert b"Traceback" not in said
         assert b"Broken pipe" in said
 
+    @pytest.mark.parametrize("stats", [[], ["--stats"]])
+    def test_a_non_blocking_pipe_loses_nothing(self, cli: Cli, tree_clip: Path, stats: list[str]) -> None:
+        """Programs that share it with us, those with event loops say, make it so. Here it is full at first."""
+        reader, writer = os.pipe()
+        with open(reader, "rb") as ours:
+            try:
+                os.set_blocking(writer, False)
+                filled = os.write(writer, bytes(1 << 20))
+                # What the container's own pipe takes, so that it can say that it is done.
+                script = "head -c 60000 /dev/zero; echo done >&2"
+                process = cli.start("run", "--rm", *stats, tree_clip, "sh", "-c", script, stdout=writer)
+            finally:
+                os.close(writer)
+            assert process.stderr
+            assert process.stderr.readline() == b"done\n"
+            assert len(ours.read()) == filled + 60_000
+            assert process.wait(SECONDS) == 0
+
     def test_without_i_standard_input_stays_the_callers(self, cli: Cli, tree: Path) -> None:
         script = '"$@"; cat'
         words = ["sh", "-c", script, "sh", *cli.words("run", "--rm", tree, "wc", "-c")]
@@ -295,6 +313,13 @@ class TestTerminal:
             assert termios.tcgetattr(tty.slave) != tty.before
             tty.process.terminate()
             assert tty.ended() == 143
+
+    @pytest.mark.parametrize("typed", [b"abc", b"abc\n", b""])
+    def test_the_end_of_a_pipe_is_the_end(self, cli: Cli, tree: Path, typed: bytes) -> None:
+        """In the middle of a line too, where one Ctrl-D is not enough."""
+        ran = cli("run", "--rm", "-it", tree, "sh", "-c", "cat | md5sum", input=typed)
+        assert (ran.code, ran.err) == (0, "")
+        assert ran.out.endswith(f"{hashlib.md5(typed).hexdigest()}  -\r\n")
 
     def test_input_from_a_pipe(self, cli: Cli, tree: Path) -> None:
         """-t without a terminal of our own: the container has one, and the end of the pipe is its Ctrl-D."""

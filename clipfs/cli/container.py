@@ -160,12 +160,12 @@ class _FirstOutput:
             self._saved = -1
 
     def _copy(self, reading: int) -> None:
+        from assembler.stdio import write_all
+
         started = Process.current().started / os.sysconf("SC_CLK_TCK")
         # When nobody takes our output any more, the command is the one to notice: its pipe is closed here.
         with open(reading, "rb", buffering=0) as stream, contextlib.suppress(OSError):
             while chunk := stream.read(1 << 16):
                 if self.seconds is None:
                     self.seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - started
-                view = memoryview(chunk)
-                while view:
-                    view = view[os.write(self._saved, view) :]
+                write_all(self._saved, chunk)
