@@ -163,6 +163,31 @@ print(len(clipfs.gc()), mountinfo.top_at(os.path.abspath(place)), clipfs.mounts(
     assert (forced, cleaned) == ("None", "1 None []")
 
 
+def test_the_command_cleans_up_beside_roots_containers(home: Path) -> None:
+    """They are where nobody else can look; that is no reason to leave his own mounts."""
+    (home.parent / "containers" / "web").mkdir(parents=True)
+    (home.parent / "containers").chmod(0o700)
+    done = python(
+        home,
+        """
+mounted = clipfs.mount("small.clip", place)
+[record] = state.records()
+for process in (record.process, record.worker):
+    os.kill(process.pid, 9)
+    wait(process)
+command = [sys.executable, "-m", "clipfs", "gc"]
+environ = {**os.environ, "CLIPFS_CONTAINERS": os.path.abspath("containers")}
+subprocess.run(command, env=environ, check=True, stderr=sys.stdout)
+print(mountinfo.top_at(os.path.abspath(place)), flush=True)
+print(subprocess.run([*command, "--base", "containers"], stderr=sys.stdout).returncode)
+""",
+    )
+    assert done.stderr == ""
+    removed, left, refused, code = done.stdout.splitlines()
+    assert (removed, left) == (f"removed mount {home}/mnt", "None")
+    assert (code, "Permission denied" in refused) == ("74", True)
+
+
 def test_a_worker_that_dies_and_one_that_is_replaced(home: Path) -> None:
     """Takeover and upgrade need no more rights than the mount: the supervisor has the descriptor."""
     done = python(
