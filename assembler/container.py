@@ -106,6 +106,17 @@ class Container:
         """The runtime spec, as the bundle's config. UsageError if it has bytes that are no text."""
         _write_json(self.path / "config.json", spec)
 
+    @property
+    def hosts(self) -> Path:
+        """What `write_hosts` writes."""
+        return self.path / "hosts"
+
+    def write_hosts(self, hostname: str) -> None:
+        """An /etc/hosts for a container that has no network: itself, by the names that programs expect."""
+        self.hosts.write_text(f"127.0.0.1\tlocalhost {hostname}\n::1\tlocalhost\n")
+        # Whatever our umask is.
+        self.hosts.chmod(0o644)
+
     def close(self) -> None:
         """Remove the directory, or leave it if it is to be kept, and give up the id. MountError if it is in use."""
         if self._lock is None:

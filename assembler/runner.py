@@ -81,8 +81,10 @@ def run_in(
     )
     try:
         with overlay:
-            spec = _aside(events, lambda: runtime_spec(config, options, overlay.merged, container.id))
+            spec = _aside(events, lambda: runtime_spec(config, options, overlay.merged, container.id, container.hosts))
             container.write_config(spec)
+            if options.network == "none":
+                container.write_hosts(spec["hostname"])
             container.record(runtime.program)
             streams = Stdio(container.path, interactive=options.interactive, terminal=options.tty, on_end=events.post)
             with streams, _created(container, runtime, streams, words[0]) as process:

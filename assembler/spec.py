@@ -47,18 +47,24 @@ def required_directories(config: clipfs.ImageConfig, options: RunOptions) -> tup
     return (*options.required, *config.volumes, working_directory(config, options))
 
 
-def runtime_spec(config: clipfs.ImageConfig, options: RunOptions, rootfs: Path, container_id: str) -> dict[str, Any]:
-    """The spec of a container whose root is `rootfs`, mounted and seeded: users and volumes are looked up in it."""
+def runtime_spec(
+    config: clipfs.ImageConfig, options: RunOptions, rootfs: Path, container_id: str, hosts: Path | None = None
+) -> dict[str, Any]:
+    """The spec of a container whose root is `rootfs`, mounted and seeded: users and volumes are looked up in it.
+
+    hosts: the file that it has as /etc/hosts if its network is not the host's.
+    """
     with opened_root(rootfs) as root:
         user = look_up(root, options.user or config.user)
         volumes = _image_volumes(config, rootfs, root) if options.read_only else []
     hostname = options.hostname or (socket.gethostname() if options.network == "host" else container_id)
+    others = [*_name_files(options, hosts), *_user_mounts(options)]
     spec: dict[str, Any] = {
         "ociVersion": "1.0.2",
         "process": _process(config, options, user, hostname),
         "root": {"path": str(rootfs), "readonly": options.read_only},
         "hostname": hostname,
-        "mounts": [*_standard_mounts(), *volumes, *sorted([*_host_files(options), *_user_mounts(options)], key=_depth)],
+        "mounts": [*_standard_mounts(), *volumes, *sorted(others, key=_depth)],
         "linux": _linux(options, container_id),
     }
     if config.stop_signal:
@@ -119,10 +125,11 @@ def _standard_mounts() -> list[dict[str, Any]]:
     ]
 
 
-def _host_files(options: RunOptions) -> list[dict[str, Any]]:
+def _name_files(options: RunOptions, hosts: Path | None) -> list[dict[str, Any]]:
+    files = {path: path for path in _HOST_FILES if Path(path).is_file()}
     if options.network != "host":
-        return []
-    return [_mount(path, "bind", path, "bind", "rprivate", "ro") for path in _HOST_FILES if Path(path).is_file()]
+        files = {"/etc/hosts": str(hosts)} if hosts else {}
+    return [_mount(path, "bind", source, "bind", "rprivate", "ro") for path, source in files.items()]
 
 
 def _user_mounts(options: RunOptions) -> list[dict[str, Any]]:

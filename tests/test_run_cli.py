@@ -6,13 +6,14 @@ import json
 import os
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import assembler
-from tests.containers import Cli, Ran, leftovers
+from tests.containers import SECONDS, Cli, Ran, leftovers
 from tests.images import LayoutBuilder, Tar
 
 pytest_plugins = ["tests.container_fixtures"]
@@ -137,6 +138,9 @@ class TestOptions:
             return cli("run", "--rm", "--network", network, tree, "ls", "/sys/class/net").out.split()
 
         assert script("none") == ["lo"]
+        words = cli.words("run", "--rm", "--network=none", "--hostname=box", "-u", "app", tree, "cat", "/etc/hosts")
+        done = subprocess.run(words, capture_output=True, timeout=SECONDS, check=False, env=cli.env, umask=0o077)
+        assert (done.stdout, done.stderr) == (b"127.0.0.1\tlocalhost box\n::1\tlocalhost\n", b"")
         assert set(script("host")) == {each.name for each in Path("/sys/class/net").iterdir() if each.is_symlink()}
 
     def test_limits(self, cli: Cli, tree: Path) -> None:

@@ -158,6 +158,8 @@ def test_network(root: Path) -> None:
     files = {"/etc/resolv.conf", "/etc/hosts"}
     assert mounts(host).keys() & files == {path for path in files if Path(path).is_file()}
     assert not mounts(none).keys() & files
+    options, hosts = RunOptions(command=("true",), network="none"), Path("/bundle/hosts")
+    assert mounts(runtime_spec(CONFIG, options, root, "web", hosts))["/etc/hosts"]["source"] == str(hosts)
 
 
 def test_limits(root: Path) -> None:
