@@ -12,7 +12,7 @@ from clipfs.compression.codec import Forward, decode
 from clipfs.errors import IntegrityError
 from clipfs.format.container import Codec, Span
 from tests.images import Compression, compress
-from tests.streams import KB, MB, checked, mixed, prose, scanned
+from tests.streams import KB, MB, checked, member, mixed, prose, scanned
 
 PLAIN = mixed(3 * MB)
 WAYS: tuple[Compression, ...] = ("gzip", "pigz", "multi-gzip")
@@ -46,6 +46,16 @@ def test_forward(how: Compression) -> None:
     for frame in frames(scanned(blob, 256 * KB, pieces=4)[1]):
         found = all_forward(frame, blob)
         assert found == [PLAIN[span.position : span.position + span.length] for span in frame]
+
+
+@pytest.mark.parametrize("count", range(1, 5))
+def test_forward_out_of_a_member_that_ends_within_a_few_bytes(count: int) -> None:
+    """Whoever decodes looks ahead, and may have had a member's end when the piece before it was decoded."""
+    zeros, more = bytes(count * 4 * KB), b"ab" * 3000
+    blob = member(zeros) + member(more)
+    spans = scanned(blob, 64 * KB, pieces=16)[1]
+    assert len(spans) > count
+    assert b"".join(piece for frame in frames(spans) for piece in all_forward(frame, blob)) == zeros + more
 
 
 def test_the_first_piece_needs_less() -> None:

@@ -178,6 +178,10 @@ class _GzipStream:
             self._at += len(fed) - len(self._decoder.unconsumed_tail) - len(self._decoder.unused_data)
             wanted -= len(piece)
             if self._decoder.eof:
+                if self._at < 0:
+                    # The decoder had looked ahead, into bytes of the call before, which are not here any more.
+                    early = self._decoder.unused_data[: -self._at]
+                    self._stream, self._at = memoryview(b"".join((early, self._stream))), 0
                 self._decoder, self._ended = isal_zlib.decompressobj(wbits=-zlib.MAX_WBITS), True
             elif not piece and not fed:
                 raise _BrokenError("they end too early")
