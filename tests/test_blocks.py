@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 import tracemalloc
@@ -19,9 +20,9 @@ from clipfs.blocks.flight import RANGE
 from clipfs.blocks.plan import BLOCK
 from clipfs.blocks.reader import BlockReader, Tiers
 from clipfs.errors import ClipfsError, FormatError, IntegrityError, SourceError
-from clipfs.format.container import Codec
+from clipfs.format.container import Codec, Span
 from tests.images import Compression, compress
-from tests.streams import KB, MB, mixed, noise, scanned
+from tests.streams import KB, MB, mixed, noise, prose, scanned
 from tests.views import FakeFetcher, FakeIndex, Spans, View, flipped, places, raising
 
 pytestmark = pytest.mark.usefixtures("near")
@@ -442,6 +443,60 @@ class TestFailures:
             assert reader.try_read(0, 10) == PLAIN[:10]
             assert await reader.read(0, 3 * MB) == PLAIN[: 3 * MB]
         assert fetcher.distrusted == [0]
+
+    async def test_what_is_good_of_a_frame_is_read_although_the_rest_is_not(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The link is far, so that more is fetched than was asked for, and all of it is here when it is decoded."""
+        monkeypatch.setattr(link, "_FAR", -1)
+        plain = prose(2 * MB)
+        blob = compress(plain, "gzip")
+        pieces = Spans(scanned(blob, 4 * MB, Codec.GZIP, 16)[1])
+        assert pieces.frame(0) == range(len(pieces))
+        bad = pieces[2].end - 20 * KB
+        damaged = blob[:bad] + flipped(blob[bad : bad + 1]) + blob[bad + 1 :]
+        index = FakeIndex([View(pieces, Codec.GZIP, damaged, plain)])
+        fetcher = FakeFetcher(index)
+        async with reading(index, fetcher) as reader:
+            reader.flights._carrier.link.note(10 * MB, 0.02, 0.12)
+            start = pieces[1].position
+            assert await reader.read(start, 100) == plain[start : start + 100]
+            with pytest.raises(IntegrityError, match="do not decode"):
+                await reader.read(pieces[2].position, 100)
+            assert fetcher.distrusted
+
+    async def test_the_sender_of_the_wrong_bytes_is_blamed(self) -> None:
+        """A frame is decoded as far as it is needed, and its bytes may be from several senders."""
+        plain = prose(2 * MB)
+        blob = compress(plain, "gzip")
+        pieces = Spans(scanned(blob, 4 * MB, Codec.GZIP, 16)[1])
+        index = FakeIndex([View(pieces, Codec.GZIP, blob, plain)])
+        fetcher = FakeFetcher(index)
+        async with reading(index, fetcher) as reader:
+            await reader.read(0, 100)
+            fetcher.changes = [flipped]
+            start = pieces[3].position
+            assert await reader.read(start, 100) == plain[start : start + 100]
+        assert fetcher.distrusted_at == [pieces[0].end]
+
+    async def test_spans_that_need_no_bytes_of_their_own_are_not_without_number(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An index of a megabyte may have 20,000 of them, all of one frame, and is sound by itself."""
+        monkeypatch.setattr(link, "_FAR", -1)
+        plain, one = bytes(4000), hashlib.sha256(b"\0").digest()
+        blob = compress(plain, "gzip")
+        spans = Spans(Span(0, len(blob), at, 1, one, 0, at) for at in range(len(plain)))
+        index = FakeIndex([View(spans, Codec.GZIP, blob, plain)])
+        fetcher = FakeFetcher(index)
+        async with reading(index, fetcher) as reader:
+            reader.flights._carrier.link.note(10 * MB, 0.02, 0.12)
+            fetcher.gate = trio.Event()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(reader.read, 0, 1)
+                await trio.testing.wait_all_tasks_blocked()
+                assert len(reader.flights._flights) < 1000
+                fetcher.gate.set()
 
     async def test_a_damaged_index_ends_one_read_and_nothing_else(self, index: FakeIndex, fetcher: FakeFetcher) -> None:
         """Also where it is read-ahead or prefetching that comes upon the damage: there nobody waits to be told."""

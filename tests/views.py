@@ -100,6 +100,7 @@ class FakeFetcher:
         self._index = index
         self.ranges: list[tuple[int, int, int]] = []
         self.distrusted: list[int] = []
+        self.distrusted_at: list[int | None] = []
         self.gate = trio.Event()
         self.gate.set()
         #: What becomes of the next answers; each is used once.
@@ -116,6 +117,7 @@ class FakeFetcher:
 
     def distrust(self, layer: int, at: int | None = None) -> None:
         self.distrusted.append(layer)
+        self.distrusted_at.append(at)
 
 
 def raising(error: Exception) -> Callable[[bytes], bytes]:

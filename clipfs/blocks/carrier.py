@@ -106,7 +106,7 @@ class Carrier:
                 blocks = await self._decoded(flight, arrival)
             except IntegrityError as error:
                 # The source sent something else. It may not do so twice, and another one may be better.
-                self._distrust(flight.layer, flight.number, error)
+                self._distrust(flight.layer, flight.number, flight.span.start, error)
                 again = await self._fetched([flight], flight.span.start, flight.span.end, why)
                 blocks = await self._decoded(flight, again)
         except Exception as error:  # noqa: BLE001  raised again by everybody who waits
@@ -116,10 +116,11 @@ class Carrier:
         if flight.number in claims:
             await self._keeper.keep(claims.pop(flight.number), blocks)
 
-    def _distrust(self, layer: int, number: int, error: IntegrityError) -> None:
+    def _distrust(self, layer: int, number: int, start: int, error: IntegrityError) -> None:
+        """A span was wrong, of which the bytes came that begin at `start`; a frame's may have come bit by bit."""
         self._counters.refetched()
         self._journal.refetched(layer, number, str(error))
-        self._fetcher.distrust(layer, self._layers[layer].spans[number].start)
+        self._fetcher.distrust(layer, start)
 
     async def _decoded(self, flight: Flight, arrival: Arrival) -> list[bytes]:
         codec, span = self._layers[flight.layer].codec, flight.span
@@ -146,18 +147,19 @@ class Carrier:
         try:
             while True:
                 try:
-                    async with aclosing(frame.parts(numbers, start, arrival)) as parts:
+                    async with aclosing(frame.parts(numbers, start, arrival, singly=distrusted)) as parts:
                         async for part, data in parts:
                             found = await trio.to_thread.run_sync(frame.decode, data, part, limiter=self._decoders)
                             for number, blocks in found:
                                 self._counters.decoded(sum(map(len, blocks)))
                                 await self._passed(layer, number, blocks, claims.pop(number, None))
                 except IntegrityError as error:
-                    # As above; only that the frame has to be decoded from its beginning again.
+                    # As above; only that the frame has to be decoded from its beginning again, and that what comes
+                    # before a span which is wrong once more is good.
                     if distrusted:
                         raise
                     distrusted = True
-                    self._distrust(layer, numbers.start, error)
+                    self._distrust(layer, numbers.start, start, error)
                 missing = [flight for flight in flights if not flight.landed]
                 if not missing:
                     return

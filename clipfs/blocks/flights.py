@@ -32,6 +32,10 @@ _RANGES = 8
 # Without a cache on disk, what nobody has asked for is fetched only if memory has so many bytes to keep it in.
 _ROOMY = 16 << 20
 
+# What a span that nobody has asked for counts as at least, in compressed bytes: a damaged index may have any number of
+# empty ones.
+_LEAST = 4 << 10
+
 # Seconds to wait for another process that fetches the same span. It may be slow, or stopped; then both fetch it.
 _PATIENCE = 30
 
@@ -139,7 +143,7 @@ class Flights:
         for number in range(last.number + 1, len(self._layers[last.layer].spans)):
             flight = self._flight(last.layer, number)
             size = flight.span.end - max(last.span.end, flight.span.start)
-            room -= size
+            room -= max(size, _LEAST)
             if room < 0 or self._known(flight) or not together(group[0], last, flight):
                 return
             if self._carrier.link.dear(size) and self._of_another_file(flight, asked):

@@ -53,13 +53,14 @@ class Frame:
         return range(self._next, stop), start, end
 
     async def parts(
-        self, numbers: range, start: int, arrival: Arrival
+        self, numbers: range, start: int, arrival: Arrival, *, singly: bool
     ) -> AsyncGenerator[tuple[range, memoryview], None]:
-        """What to decode next of the spans `numbers`, whose bytes begin at `start`: all whose bytes have come."""
+        """What to decode next of the spans `numbers`, whose bytes begin at `start`: all whose bytes have come, or one
+        after the other, if some may be wrong."""
         while numbers:
             await arrival.bytes(start, self._spans[numbers.start].end)
             here = 1
-            while here < len(numbers) and self._spans[numbers[here]].end <= arrival.come:
+            while not singly and here < len(numbers) and self._spans[numbers[here]].end <= arrival.come:
                 here += 1
             end = self._spans[numbers[here - 1]].end
             yield numbers[:here], await arrival.bytes(start, end)

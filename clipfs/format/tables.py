@@ -10,7 +10,7 @@ one is left, so whoever makes a table releases it.
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from mmap import mmap
@@ -118,12 +118,11 @@ class SpanTable(Sequence[Span]):
     def frame(self, number: int) -> range:
         """The numbers of the spans that decoding passes one after the other, this one included: from the one at whose
         beginning decoding begins, to the last that follows without a gap."""
-        first, last, seeks = number, number + 1, self._seek_of
-        while first and seeks[first - 1] == seeks[number]:
-            first -= 1
-        while last < self._count and seeks[last] == seeks[number]:
-            last += 1
-        begins = self._seek(seeks[number])[_ORIGIN] == self._positions[first]
+        seeks, seek = self._seek_of, self._seek_of[number]
+        # They do not go down. Where they do in spite of that, the answer is wrong, and so is the index.
+        first = min(bisect_left(seeks, seek, 0, number), number)
+        last = max(bisect_right(seeks, seek, number), number + 1)
+        begins = self._seek(seek)[_ORIGIN] == self._positions[first]
         return range(first, last) if begins else range(number, number + 1)
 
     def release(self) -> None:
