@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -443,3 +444,36 @@ async def test_many_wait_for_room_and_all_get_it(cache: DiskCache, monkeypatch: 
                 nursery.start_soon(writer.keep, claim, blocks)
     writer.close()
     assert all(cache.has(span(number)[0]) for number in range(60))
+
+
+async def test_a_cache_that_hangs_is_done_without(
+    cache: DiskCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process was stopped while it had the cache's lock."""
+    monkeypatch.setattr(keeper, "_BACKLOG", BLOCK)
+    monkeypatch.setattr(keeper, "_PATIENCE", 0.05)
+    writer = keeper.Keeper()
+
+    async def kept(number: int) -> None:
+        digest, blocks = span(number)
+        claim = cache.claim(digest)
+        assert claim is not None, "what was not kept may be claimed by others"
+        await writer.keep(claim, blocks)
+
+    total = os.open(cache.directory / "total", os.O_RDWR | os.O_CREAT, 0o600)
+    with trio.fail_after(SECONDS):
+        try:
+            fcntl.flock(total, fcntl.LOCK_EX)
+            for number in (0, 1, 1, 1):
+                await kept(number)
+            assert [record.getMessage() for record in caplog.records] == [
+                "the cache has taken nothing for 0 s: it is left alone until it does"
+            ]
+            assert not cache.has(span(0)[0])
+            room = writer._room
+        finally:
+            os.close(total)
+        await room.wait()
+        await kept(2)
+        await trio.to_thread.run_sync(writer.close)
+    assert [cache.has(span(number)[0]) for number in range(3)] == [True, False, True]

@@ -131,8 +131,8 @@ class DiskCache:
         """Remove a file. Its span is fetched again as if it had never been here."""
         path = self._path(digest)
         self.files.forget(digest)
-        with contextlib.suppress(OSError), self._total() as total:
-            total[0] -= _on_disk(path.stat().st_size)
+        # It is counted on, until the next eviction counts anew: others may hold the total for long.
+        with contextlib.suppress(OSError):
             path.unlink()
 
     # --- fetching

@@ -8,6 +8,7 @@ the time; who brings even more waits until there is room.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -18,12 +19,18 @@ import trio
 
 from clipfs.blocks.disk import Claim, DiskCache
 
+log = logging.getLogger(__name__)
+
 # Decoded bytes that may wait to be written: what read-ahead may be ahead, twice.
 _BACKLOG = 32 << 20
 
 # With so many, what comes is not compressed. Over 100 MB/s a large file came with 70 MB/s, and with 61 when this was
 # 8 MiB.
 _BEHIND = 2 << 20
+
+# Seconds to wait for room. A disk may hang, and whoever has the cache's lock may be stopped: then nothing is kept until
+# the disk answers again.
+_PATIENCE = 10
 
 # As `nice` has it: whoever waits for a read comes first.
 _NICE = 10
@@ -37,6 +44,7 @@ class Keeper:
         self._backlog = 0
         self._unwritten: dict[bytes, Sequence[bytes]] = {}
         self._room = trio.Event()
+        self._hangs = False
 
     async def keep(self, claim: Claim, blocks: Sequence[bytes]) -> None:
         """See to it that the span is written and its claim ends; returns when there is room for more."""
@@ -61,12 +69,15 @@ class Keeper:
         return None if blocks is None or number >= len(blocks) else blocks[number]
 
     async def _do(self, digest: bytes, blocks: Sequence[bytes], work: Callable[[], None]) -> bool:
+        if self._hangs:
+            return False
         token, size = trio.lowlevel.current_trio_token(), sum(map(len, blocks))
         self._backlog += size
         self._unwritten[digest] = blocks
 
         def written() -> None:
             self._backlog -= size
+            self._hangs = False
             self._unwritten.pop(digest, None)
             # Everybody who waits looks again; whoever waits from now on waits for the next one.
             self._room.set()
@@ -80,8 +91,12 @@ class Keeper:
             self._pool.submit(work).add_done_callback(told)
         except RuntimeError:  # closed
             return False
-        while self._backlog > _BACKLOG:
-            await self._room.wait()
+        while self._backlog > _BACKLOG and not self._hangs:
+            with trio.move_on_after(_PATIENCE) as patience:
+                await self._room.wait()
+            if patience.cancelled_caught and not self._hangs:
+                self._hangs = True
+                log.warning("the cache has taken nothing for %d s: it is left alone until it does", _PATIENCE)
         return True
 
     def close(self) -> None:
