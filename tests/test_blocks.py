@@ -16,6 +16,7 @@ import trio.testing
 
 from clipfs.blocks import frames, link
 from clipfs.blocks.counters import Counters
+from clipfs.blocks.disk import DiskCache
 from clipfs.blocks.flight import RANGE
 from clipfs.blocks.plan import BLOCK
 from clipfs.blocks.reader import BlockReader, Tiers
@@ -510,6 +511,12 @@ class TestFailures:
             with pytest.raises(FormatError):
                 await reader.read(3 * MB, 1)
             assert await reader.read(4 * MB, 10) == PLAIN[4 * MB : 4 * MB + 10]
+
+    async def test_spans_that_cannot_be_read_do_not_end_warming(self, tmp_path: Path) -> None:
+        index = FakeIndex([damaged_at_1()])
+        tiers = Tiers(64 * MB, DiskCache(tmp_path, 1 << 30))
+        async with BlockReader(index, FakeFetcher(index), counters=Counters.private(), tiers=tiers) as reader:
+            await reader.warm([(0, number) for number in range(10)])
 
     async def test_spans_that_cannot_be_read_do_not_end_prefetching(self) -> None:
         layer = damaged_at_1()

@@ -255,12 +255,13 @@ class BlockReader:
         if self._disk is None:
             return
         room = self._cache.limit // 2
-        for layer, number in spans:
-            length = self._index.layers[layer].spans[number].length
-            room -= length
-            if room < 0 or self._disk.busy:
-                break
-            await self._disk.read([(layer, number, at) for at in range(-(-length // BLOCK))], {})
+        with contextlib.suppress(ClipfsError):  # an index that is damaged is for those who will read there
+            for layer, number in spans:
+                _, length = self._index.layers[layer].spans.bounds(number)
+                room -= length
+                if room < 0 or self._disk.busy:
+                    break
+                await self._disk.read([(layer, number, at) for at in range(-(-length // BLOCK))], {})
 
 
 async def _taken(flight: Flight, numbers: Sequence[int]) -> dict[Key, bytes]:
