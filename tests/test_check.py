@@ -17,7 +17,16 @@ from pathlib import Path
 
 import pytest
 
-from clipfs.erofs.structs import BLOCK, DEVICE, DEVICE_OFFSET, DIRENT, INODE, SUPERBLOCK, SUPERBLOCK_OFFSET
+from clipfs.erofs.structs import (
+    BLOCK,
+    DEVICE,
+    DEVICE_OFFSET,
+    DIRENT,
+    INODE,
+    SUPERBLOCK,
+    SUPERBLOCK_OFFSET,
+    XATTR_HEADER,
+)
 from clipfs.errors import FormatError
 from clipfs.format.container import LAYER, SEEK, SPAN, Codec, Extent, Header, Kind, Layer, Section, Span
 from clipfs.format.index import Index
@@ -153,24 +162,33 @@ def test_no_byte_of_the_tree_does_harm(honest: bytes, tmp_path: Path, flip: int)
 
 _SUPERBLOCK_FIELDS = {
     "magic": (0, 0),
+    "checksum": (1, 1),
+    "compatible features": (2, 0, 3, 6, 2**32 - 1),
     "block size": (3, 9, 13, 255),
     "extension slots": (4, 1, 255),
     "root": (5, 0, 1, 39, 41, 0xFFFF),
     "inodes": (6, 0, 7, 9, 2**64 - 1),
     "blocks": (9, 0, 2, 2**32 - 1),
+    "time of inodes": (7, 1),
+    "nanoseconds of inodes": (8, 1),
     "metadata address": (10, 1, 2**32 - 1),
+    "xattr address": (11, 1),
+    "volume": (13, bytes(16)),
     "features": (14, 0, 0x4, 0xC, 0x108, 2**32 - 1),
+    "compression": (15, 1),
     "devices": (16, 0, 2, 0xFFFF),
     "device slot": (17, 0, 8, 10, 0xFFFF),
     "directory block size": (18, 1),
     "xattr prefixes": (19, 1),
+    "start of xattr prefixes": (20, 1),
+    "packed inode": (21, 1, 40),
 }
 
 
 @pytest.mark.parametrize(
     ("field", "value"), [(fields[0], value) for fields in _SUPERBLOCK_FIELDS.values() for value in fields[1:]]
 )
-def test_superblock_fields(honest: bytes, tmp_path: Path, field: int, value: int) -> None:
+def test_superblock_fields(honest: bytes, tmp_path: Path, field: int, value: int | bytes) -> None:
     def change(content: bytearray) -> None:
         fields = list(SUPERBLOCK.unpack_from(content))
         assert fields[field] != value
@@ -188,6 +206,41 @@ def test_device_fields(honest: bytes, tmp_path: Path, field: int, value: int) ->
         DEVICE.pack_into(content, DEVICE_OFFSET - SUPERBLOCK_OFFSET, *fields)
 
     assert verdict(tmp_path / "x.clip", forge(honest, Kind.EROFS, change))
+
+
+_TAIL_OF_THE_SUPERBLOCK = range(SUPERBLOCK.size - 24, SUPERBLOCK.size)
+_TAIL_OF_THE_DEVICE = range(SUPERBLOCK.size + DEVICE.size - 56, SUPERBLOCK.size + DEVICE.size)
+
+
+@pytest.mark.parametrize("at", [*_TAIL_OF_THE_SUPERBLOCK, *_TAIL_OF_THE_DEVICE])
+def test_what_only_later_kernels_know_of_the_superblock(honest: bytes, tmp_path: Path, at: int) -> None:
+    def change(content: bytearray) -> None:
+        content[at] = 1
+
+    assert "superblock" in verdict(tmp_path / "x.clip", forge(honest, Kind.EROFS, change))
+
+
+@pytest.mark.parametrize("at", [6, 7, *range(20, 24), *range(48, 64)])
+@pytest.mark.parametrize("path", [b"", b"dir/file", b"dir/link", b"fifo"])
+def test_what_only_later_kernels_know_of_inodes(honest: bytes, tmp_path: Path, path: bytes, at: int) -> None:
+    """Bytes 6 and 7, for one, are the upper half of a block address since Linux 6.15."""
+    at += nid_of(honest, tmp_path, path) * 32 - SUPERBLOCK_OFFSET
+
+    def change(content: bytearray) -> None:
+        content[at] = 1
+
+    assert "where inodes have nothing" in verdict(tmp_path / "x.clip", forge(honest, Kind.EROFS, change))
+
+
+@pytest.mark.parametrize("at", range(XATTR_HEADER))
+def test_the_header_of_xattrs(honest: bytes, tmp_path: Path, at: int) -> None:
+    """Its first four bytes can hide names of xattrs that are there, and the fifth adds some from elsewhere."""
+    at += nid_of(honest, tmp_path, b"dir/file") * 32 + INODE.size - SUPERBLOCK_OFFSET
+
+    def change(content: bytearray) -> None:
+        content[at] = 1
+
+    assert "xattrs are" in verdict(tmp_path / "x.clip", forge(honest, Kind.EROFS, change))
 
 
 # INODE's fields: 0 format, 1 xattrs, 2 mode, 4 size, 5 union, 9 seconds, 10 nanoseconds, 11 links.

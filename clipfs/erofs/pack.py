@@ -18,28 +18,24 @@ from itertools import accumulate, chain, repeat
 
 from clipfs.erofs.structs import (
     BLOCK,
-    COMPAT_MTIME,
-    DEVICE,
-    DEVICE_OFFSET,
     DIRENT,
     FILE_TYPE,
     FIRST_INODE,
-    INCOMPAT_DEVICE_TABLE,
     INLINE,
     INODE,
     MAX_NAME,
     MAX_PATH,
     PLAIN,
-    SUPERBLOCK,
-    SUPERBLOCK_MAGIC,
     SUPERBLOCK_OFFSET,
     XATTR,
     XATTR_HEADER,
     XATTR_PREFIXES,
     Inode,
+    device_slot,
     encode_rdev,
     is_whiteout,
     is_xattr_name,
+    superblock,
 )
 from clipfs.errors import ImageError, shown
 
@@ -182,12 +178,8 @@ def pack(root: Inode, data_size: int, uuid: bytes) -> bytearray:
         writer.directory(directory)
     for inode in plan.inodes:
         writer.inode(inode)
-    SUPERBLOCK.pack_into(
-        writer.image, SUPERBLOCK_OFFSET, SUPERBLOCK_MAGIC, 0, COMPAT_MTIME, 12, 0, root.nid,
-        len(plan.directories) + len(plan.inodes), 0, 0, plan.total_blocks, 0, 0, uuid, b"clipfs", INCOMPAT_DEVICE_TABLE,
-        0, 1, DEVICE_OFFSET // DEVICE.size, 0, 0, 0, 0,
-    )  # fmt: skip
-    DEVICE.pack_into(writer.image, DEVICE_OFFSET, b"data", data_size // BLOCK, plan.mapped)
+    head = superblock(root.nid, len(plan.directories) + len(plan.inodes), plan.total_blocks, uuid)
+    writer.image[SUPERBLOCK_OFFSET:FIRST_INODE] = head + device_slot(data_size // BLOCK, plan.mapped)
     return writer.image
 
 

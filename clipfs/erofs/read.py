@@ -18,6 +18,7 @@ from typing import NamedTuple, NoReturn
 
 from clipfs.erofs.structs import (
     BLOCK,
+    COMPAT_MTIME,
     DEVICE,
     DEVICE_OFFSET,
     DIRENT,
@@ -31,13 +32,16 @@ from clipfs.erofs.structs import (
     SUPERBLOCK,
     SUPERBLOCK_MAGIC,
     SUPERBLOCK_OFFSET,
+    UNUSED,
     XATTR,
     XATTR_HEADER,
     XATTR_PREFIXES,
     Node,
     decode_rdev,
+    device_slot,
     is_whiteout,
     is_xattr_name,
+    superblock,
 )
 from clipfs.errors import FormatError
 
@@ -81,19 +85,18 @@ class Metadata:
         if end % BLOCK or end < BLOCK:
             raise FormatError(f"{name}: its EROFS image does not end at a block's end")
         (
-            magic, _checksum, _compat, block_bits, slots, self.root, self.inodes, _time, _time_ns, blocks,
-            meta, _xattr, self.uuid, _volume, incompat, _compression, devices, device_slot, directory_bits, prefixes,
-            _prefix_start, _packed,
+            magic, _, compat, _, _, self.root, self.inodes, _, _, blocks, _, _, self.uuid, _, incompat, *_,
         ) = SUPERBLOCK.unpack_from(buffer, SUPERBLOCK_OFFSET)  # fmt: skip
         if magic != SUPERBLOCK_MAGIC:
             raise FormatError(f"{name}: it has no EROFS superblock")
-        if incompat != INCOMPAT_DEVICE_TABLE:
-            raise FormatError(f"{name}: its EROFS features {incompat:#x} are not the ones that .clip files have")
-        if (block_bits, slots, meta, directory_bits, prefixes) != (12, 0, 0, 0, 0):
-            raise FormatError(f"{name}: its EROFS superblock asks for a layout that .clip files do not have")
-        if (devices, device_slot) != (1, DEVICE_OFFSET // DEVICE.size):
-            raise FormatError(f"{name}: its EROFS superblock has no data device, or more than one")
+        if (compat, incompat) != (COMPAT_MTIME, INCOMPAT_DEVICE_TABLE):
+            found = f"{compat:#x} and {incompat:#x}"
+            raise FormatError(f"{name}: its EROFS features {found} are not the ones that .clip files have")
         _tag, data_blocks, self._mapped = DEVICE.unpack_from(buffer, DEVICE_OFFSET)
+        # Of any other a kernel may make what nothing here knows of.
+        head = superblock(self.root, self.inodes, blocks, self.uuid) + device_slot(data_blocks, self._mapped)
+        if buffer[SUPERBLOCK_OFFSET:FIRST_INODE] != head:
+            raise FormatError(f"{name}: its EROFS superblock asks for a layout that .clip files do not have")
         if blocks * BLOCK != end or self._mapped < blocks or self._mapped + data_blocks > 1 << 32:
             raise FormatError(f"{name}: its EROFS superblock gives sizes that can not be")
         self.data_size = data_blocks * BLOCK
@@ -153,6 +156,11 @@ class Metadata:
         """The bytes [start, end) that the inode at `nid` takes with its xattrs, without inline content."""
         start = nid << 5
         return start, start + 64 + _xattr_size(_U16.unpack_from(self._buffer, start + 2)[0])
+
+    def check_unused(self, nid: int) -> None:
+        """FormatError if anything is where inodes have nothing: kernels may obey what no reader here looks at."""
+        if any(UNUSED.unpack_from(self._buffer, nid << 5)):
+            self._refuse(nid, "there is something where inodes have nothing")
 
     def dirents(self, node: Node, content: Content, number: int) -> Dirents:
         """Block `number` of a directory. Names are sound: 1 to 255 bytes, no slash, no NUL."""
@@ -228,8 +236,8 @@ class Metadata:
         found: dict[bytes, bytes] = {}
         if start == end:
             return found
-        if end > self._end or self._buffer[start + 4]:
-            self._refuse(nid, "its xattrs are shared or outside of the file")
+        if end > self._end or any(self._buffer[start : start + XATTR_HEADER]):
+            self._refuse(nid, "its xattrs are shared, filtered or outside of the file")
         at = start + XATTR_HEADER
         while at < end:
             name_length, prefix, size = XATTR.unpack_from(self._buffer, at)

@@ -36,6 +36,8 @@ MAX_PATH = 4095
 SUPERBLOCK = struct.Struct("<IIIBBHQQIIII16s16sIHHHBBIQ24x")
 DEVICE = struct.Struct("<64sII56x")
 INODE = struct.Struct("<HHHHQIIIIqII16x")
+# What of an inode is zero, of which some kernels make upper halves of its other numbers.
+UNUSED = struct.Struct("<6xH12xI24xQQ")
 DIRENT = struct.Struct("<QHBB")
 XATTR = struct.Struct("<BBH")
 # Before the first xattr of an inode: a name filter and shared xattrs, neither of which is used.
@@ -94,6 +96,19 @@ class Node(NamedTuple):
     nlink: int
     rdev: int
     address: int
+
+
+def superblock(root: int, inodes: int, blocks: int, uuid: bytes) -> bytes:
+    """The superblock of a ``.clip``, of which only these vary. root: a nid.  blocks: of the image."""
+    return SUPERBLOCK.pack(
+        SUPERBLOCK_MAGIC, 0, COMPAT_MTIME, 12, 0, root, inodes, 0, 0, blocks, 0, 0, uuid, b"clipfs",
+        INCOMPAT_DEVICE_TABLE, 0, 1, DEVICE_OFFSET // DEVICE.size, 0, 0, 0, 0,
+    )  # fmt: skip
+
+
+def device_slot(blocks: int, mapped: int) -> bytes:
+    """The one device slot. blocks: of the data space.  mapped: the block address of its first."""
+    return DEVICE.pack(b"data", blocks, mapped)
 
 
 def encode_rdev(rdev: int) -> int:

@@ -177,6 +177,7 @@ class _Tree:
         nid = node.nid
         start, end = self._tree.extent(nid)
         self._taken.append((start, end))
+        self._tree.check_unused(nid)
         if end - start > INODE.size:
             self._tree.xattrs(nid)
             self.xattrs = True
