@@ -19,10 +19,11 @@ import zstandard
 
 import clipfs
 from clipfs import ClipfsError, ImageError, Index, IntegrityError, SourceError, UsageError
+from clipfs.layers import bounds
 from clipfs.sources import open_source
 from clipfs.sources.base import Source
 from tests.builds import Elsewhere, Recorder, indexed, layers, spools, three_layers
-from tests.images import Compression, LayoutBuilder
+from tests.images import Compression, LayoutBuilder, Tar
 from tests.mounts import SECONDS, files
 
 REPOSITORY = Path(__file__).parent.parent
@@ -164,6 +165,18 @@ def refused(name: str, directory: Path, kind: type[ClipfsError], *words: str) ->
             assert word in str(caught.value)
         assert files(directory / "cache") == []
     assert [(path.name, path.read_bytes()) for path in out.iterdir()] == [("old.clip", b"as it was")]
+
+
+def test_what_all_layers_say_is_bounded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_METADATA", 1 << 20)
+    whiteouts = Tar()
+    for number in range(1000):
+        whiteouts.whiteout(f"w{number}")
+    image = LayoutBuilder(tmp_path)
+    for _ in range(3):
+        image.layer(whiteouts, "zstd")
+    with pytest.raises(clipfs.ImageError, match="take more than 1 MiB"):
+        clipfs.build(image.write(), tmp_path / "x.clip")
 
 
 class TestOutput:

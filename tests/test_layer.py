@@ -16,6 +16,7 @@ from clipfs.errors import ImageError
 from clipfs.layers import bounds
 from clipfs.layers.layer import Entry, Member, Opaque, TarWalk, Whiteout
 from clipfs.layers.pax import MAX_EXTENSION
+from clipfs.layers.tree import Tree
 from tests.tars import END, GNU, Tar, gnu_long, gnu_sparse, header, padded, pax, pax_sparse
 from tests.walks import content, members, refused, walked
 
@@ -221,6 +222,9 @@ class TestHostile:
             pytest.param(pax({f"k{n}": "" for n in range(20_000)}) + header(b"x"), id="records that say nothing"),
             pytest.param(gnu_long(b"d/" * 2000) + header(b"x"), id="long names of GNU's"),
             pytest.param(pax_sparse(b"s", 1 << 20, [(n * 9, b"x") for n in range(20_000)], version="1.0"), id="pieces"),
+            pytest.param(header(b"x", typeflag=b"x"), id="empty headers"),
+            pytest.param(header(b".wh..wh.plnk"), id="files of aufs"),
+            pytest.param(pax_sparse(b"s", 9, [(0, b"")] * 20_000, version="1.0"), id="empty pieces"),
         ],
     )
     def test_what_is_kept_is_bounded(self, block: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +232,30 @@ class TestHostile:
         monkeypatch.setattr(bounds, "MAX_METADATA", 4 << 20)
         error = refused(endless(block, 20_000), seconds=6, memory=16 << 20)
         assert "take more than 4 MiB" in str(error)
+        assert error.member
+
+    def test_long_ways_count_for_the_time_that_they_take(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A part of a name that is one letter costs as much as a whole word."""
+        monkeypatch.setattr(bounds, "MAX_METADATA", 4 << 20)
+        whiteouts = gnu_long(b"d/" * 2000 + b".wh.x") + header(b"x")
+        assert "take more than 4 MiB" in str(refused(endless(whiteouts, 150), memory=16 << 20))
+
+    def test_what_layers_say_together_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What of it is replaced, or only deletes, counts too: it was there."""
+        monkeypatch.setattr(bounds, "MAX_METADATA", 1 << 20)
+        tar = Tar()
+        for number in range(100):
+            tar.file(f"f{number}", b"").whiteout(f"w{number}")
+        tree = Tree()
+
+        def layers(count: int) -> None:
+            for number in range(count):
+                walk = TarWalk(tree.budget)
+                tree.apply(number, walk.feed(tar.done()) + walk.finish())
+
+        layers(9)
+        error = refused(lambda: layers(2))
+        assert "names and attributes of the image's members take more than 1 MiB" in str(error)
         assert error.member
 
     def test_what_global_headers_multiply_is_bounded_within_one_piece_of_the_stream(

@@ -13,6 +13,7 @@ import pytest
 
 from clipfs.errors import ImageError
 from clipfs.format.container import Codec, Span
+from clipfs.layers import bounds
 from clipfs.layers.layer import Member, Opaque, Whiteout
 from clipfs.layers.toc import Table, parse
 
@@ -335,6 +336,26 @@ class TestHostile:
         parse(document, Codec.GZIP, END)
         for length in range(len(document)):
             refusal(lambda length=length: parse(document[:length], Codec.GZIP, END))  # type: ignore[misc]
+
+    def test_what_is_said_in_all_layers_together(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Chunks stay as spans, and the bytes of a table take time; neither is seen in the members that come of it."""
+        monkeypatch.setattr(bounds, "MAX_METADATA", 1 << 20)
+        size = 500
+        first = {"name": "f", "type": "reg", "size": size, "offset": 1, "chunkSize": 1, "chunkDigest": A}
+        more = [
+            {"name": "f", "type": "chunk", "offset": 1 + at, "chunkOffset": at, "chunkSize": 1, "chunkDigest": A}
+            for at in range(1, size)
+        ]
+        tables = {
+            "chunks": json.dumps({"version": 1, "entries": [first, *more]}).encode(),
+            "names of chunks": json.dumps({"entries": [first | {"size": 1, "comment": "x" * 300_000}]}).encode(),
+        }
+        for document in tables.values():
+            budget = bounds.Budget()
+            parse(document, Codec.ZSTD, END, budget)
+            parse(document, Codec.ZSTD, END, budget)
+            with pytest.raises(ImageError, match="take more than 1 MiB"):
+                parse(document, Codec.ZSTD, END, budget), parse(document, Codec.ZSTD, END, budget)
 
     def test_many_entries(self) -> None:
         chunk = '{"name": "d/%d", "type": "reg", "size": 5, "offset": %d, "chunkDigest": "' + A + '"}'

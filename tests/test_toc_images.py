@@ -26,6 +26,7 @@ import trio
 import clipfs
 from clipfs.building import contents
 from clipfs.building.builder import Silent, build_image
+from clipfs.layers import bounds
 from clipfs.oci import Descriptor
 from clipfs.sources.registry import RegistrySource
 from tests.builds import Elsewhere
@@ -270,6 +271,13 @@ class TestUselessTables:
         clipfs.build(image, directory / "whole.clip")
         assert (directory / "table.clip").read_bytes() == (directory / "whole.clip").read_bytes()
         return source
+
+    def test_one_layer_again_and_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its chunks are kept each time, and count each time; so does what is read once more as a whole."""
+        monkeypatch.setattr(bounds, "MAX_METADATA", 1 << 20)
+        layer = stargz(Tar().file("f", os.urandom(100_000)).done(), chunk_size=200)
+        with pytest.raises(clipfs.ImageError, match="take more than 1 MiB"):
+            indexed(stargz_image(tmp_path / "oci", *[layer] * 6), tmp_path / "x.clip")
 
     def test_a_link_to_nothing_is_an_error(self, tmp_path: Path) -> None:
         """What is wrong with the tree and not with the table would be wrong with the tar, too."""

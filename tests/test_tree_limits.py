@@ -97,30 +97,6 @@ class TestBounds:
         error = refused(lambda: Tree().apply(0, names), seconds=3, memory=8 << 20)
         assert "more than 100000 files and directories" in str(error)
 
-    def test_what_all_layers_say_together(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A layer alone is bounded while it is read. What of it is replaced counts too: it was there."""
-        monkeypatch.setattr(bounds, "MAX_METADATA", 1 << 20)
-
-        def layer(number: int, value: bytes = b"") -> list[Member]:
-            entries = [a_member(b"%d/f%d" % (number, each)) for each in range(100)]
-            entries[0].xattrs = {b"user.x": value}
-            return entries
-
-        tree = Tree()
-        for number in range(18):
-            tree.apply(number, layer(number))
-
-        def rest() -> None:
-            for number in range(18, 22):
-                tree.apply(number, layer(number))
-
-        error = refused(rest)
-        assert "names and attributes of the image's members take more than 1 MiB" in str(error)
-        assert error.member
-        tree = Tree()
-        tree.apply(0, layer(0, b"v" * 60_000))
-        assert "take more than 1 MiB" in str(refused(lambda: tree.apply(1, layer(1, b"v" * 60_000))))
-
     @pytest.mark.parametrize("target", [b"./" * 2000, b"../t/" * 800, b"/" * 4000 + b"t"])
     def test_the_length_of_the_ways_that_symlinks_make(self, target: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
         """Names of a hundred bytes that lead over forty thousand parts each, and no two the same way."""

@@ -18,7 +18,7 @@ from clipfs.compression.zstd import ZstdStream, ZstdStreamError
 from clipfs.errors import ImageError, IntegrityError
 from clipfs.fields import quoted
 from clipfs.format.container import Codec, Layer
-from clipfs.layers.bounds import drained
+from clipfs.layers.bounds import Budget, drained
 from clipfs.layers.layer import Member, TarWalk
 from clipfs.layers.toc import NAME, Table, parse
 from clipfs.layers.tree import Tree
@@ -57,7 +57,7 @@ async def index_by_contents(source: Source, number: int, blob: Descriptor, diff_
     if source.local(blob) is not None:
         return None
     try:
-        found = await _contents(source, blob)
+        found = await _contents(source, blob, tree.budget)
     except (ImageError, IntegrityError) as error:
         tree.warnings.append(f"layer {blob.digest} is downloaded and read as a whole: {error}")
         return None
@@ -71,8 +71,8 @@ async def index_by_contents(source: Source, number: int, blob: Descriptor, diff_
     return Layer(blob.digest, diff_id, blob.size, table.size, codec, blob.media_type, table.spans)
 
 
-async def _contents(source: Source, blob: Descriptor) -> tuple[Codec, Table] | None:
-    """What the layer says of itself, if it does.
+async def _contents(source: Source, blob: Descriptor, budget: Budget) -> tuple[Codec, Table] | None:
+    """What the layer says of itself, if it does. budget: of the image.
 
     Raises ImageError if it brings a table that cannot be used, IntegrityError if not the one that it should be.
     """
@@ -81,15 +81,15 @@ async def _contents(source: Source, blob: Descriptor) -> tuple[Codec, Table] | N
     if stargz is not None and chunked:
         raise ImageError("its annotations are those of eStargz and of zstd:chunked at once")
     if stargz is not None:
-        return Codec.GZIP, await _stargz(source, blob, Digest.parse(stargz))
+        return Codec.GZIP, await _stargz(source, blob, Digest.parse(stargz), budget)
     if chunked:
         digest = Digest.parse(blob.annotations[f"{chunked[0]}.manifest-checksum"])
         position = blob.annotations.get(f"{chunked[0]}.manifest-position", "")
-        return Codec.ZSTD, await _chunked(source, blob, digest, position)
+        return Codec.ZSTD, await _chunked(source, blob, digest, position, budget)
     return None
 
 
-async def _stargz(source: Source, blob: Descriptor, digest: Digest) -> Table:
+async def _stargz(source: Source, blob: Descriptor, digest: Digest, budget: Budget) -> Table:
     """The last member of the tar, in gzip members of its own, with a footer behind it."""
     end = blob.size - _FOOTER_SIZE
     footer = await source.read_range(blob, end, blob.size) if end > 0 else b""
@@ -105,12 +105,12 @@ async def _stargz(source: Source, blob: Descriptor, digest: Digest) -> Table:
     def read() -> Table:
         document = _member(packed)
         digest.verify(document, "the table of contents")
-        return parse(document, Codec.GZIP, start)
+        return parse(document, Codec.GZIP, start, budget)
 
     return await trio.to_thread.run_sync(read)
 
 
-async def _chunked(source: Source, blob: Descriptor, digest: Digest, position: str) -> Table:
+async def _chunked(source: Source, blob: Descriptor, digest: Digest, position: str, budget: Budget) -> Table:
     """In a skippable frame behind the tar. The digest is of the compressed table."""
     matched = _POSITION.fullmatch(position)
     start, length, size, kind = map(int, matched.groups()) if matched else (0, 0, 0, 0)
@@ -124,7 +124,7 @@ async def _chunked(source: Source, blob: Descriptor, digest: Digest, position: s
 
     def read() -> Table:
         digest.verify(packed, "the table of contents")
-        return parse(_unzstd(packed, size), Codec.ZSTD, start - _FRAME_HEADER)
+        return parse(_unzstd(packed, size), Codec.ZSTD, start - _FRAME_HEADER, budget)
 
     return await trio.to_thread.run_sync(read)
 

@@ -112,7 +112,7 @@ def index_layer(
     """Decode, hash, parse and merge one layer. Runs in a worker thread of trio's; the hashes run in two more."""
     given_up = threading.Event()
     entries: list[Entry] = []
-    walk, diff_hash, diff_size = TarWalk(), diff_id.hasher(), 0
+    walk, diff_hash, diff_size = TarWalk(tree.budget), diff_id.hasher(), 0
     with ThreadPoolExecutor(2, "clipfs-hash") as hashers:
         whole = hashers.submit(_digest_of, local, blob.digest, given_up)
         try:

@@ -78,10 +78,10 @@ class _Times(_Numbers):
 class TarWalk:
     """Parses a tar stream that arrives in pieces of any size; which pieces makes no difference to the result.
 
-    No more than one extended header is held back. After an error the walk is over.
+    No more than one extended header is held back. After an error the walk is over. budget: of the image.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, budget: bounds.Budget | None = None) -> None:
         self._numbers = _Numbers()
         self._times = _Times()
         self._held = bytearray()  # begun, but shorter than `_need`
@@ -90,7 +90,7 @@ class TarWalk:
         self._skip = 0  # contents still to pass over, padding included
         self._padding = 0
         self._zeros = 0
-        self._metadata = 0
+        self._count = (budget or bounds.Budget()).take
         self._name = b""  # the member at hand, for errors
         self._offset = 0
         # What is said of the member to come: by all global headers, by its PAX header, by GNU long names.
@@ -113,7 +113,10 @@ class TarWalk:
         at = self._pass_contents(chunk, 0)
         while self._zeros < 2 and len(chunk) - at >= self._need:
             if self._expects_plain():
+                before = len(entries)
                 at = self._plain(chunk, at, entries)
+                if found := len(entries) - before:
+                    self._count(BLOCK * found, entries[-1].path, entries[-1].offset)
                 if len(chunk) - at < BLOCK:
                     break
             block = chunk[at : at + self._need]
@@ -125,8 +128,6 @@ class TarWalk:
             at = len(chunk)  # whatever follows the end is nobody's
         self._held += chunk[at:]
         self._position += at
-        if entries:
-            self._count(BLOCK * len(entries), entries[-1].path, entries[-1].offset)
         return entries
 
     def finish(self) -> list[Entry]:
@@ -136,11 +137,6 @@ class TarWalk:
         if self._held:
             raise ImageError("the layer ends in the middle of a header", offset=self._position)
         return []
-
-    def _count(self, size: int, name: bytes, offset: int) -> None:
-        """Add to what was said so far; `name` and `offset` are for errors."""
-        self._metadata += size
-        bounds.check(self._metadata, name, offset)
 
     def _pending(self) -> bool:
         """Whether a header said something about the next member."""
@@ -215,6 +211,7 @@ class TarWalk:
                 self._read_extension(*self._extension, block)
                 return None
             if self._sparse:
+                self._count(BLOCK, self._name, self._offset)
                 self._sparse[1].feed(block)
                 return self._take_map(*self._sparse, offset)
             self._offset = offset
@@ -231,6 +228,7 @@ class TarWalk:
         header = Header(block)
         self._name = header.name
         header.check()
+        self._count(BLOCK, self._name, offset)  # also what comes to nothing: it takes time
         if self._zeros:
             raise ImageError("a block of zeros, which ends an archive, is followed by a member")
         if header.kind not in _EXTENSIONS:
@@ -280,6 +278,7 @@ class TarWalk:
         self._sparse = (member, sparse) if sparse.more else None
         if self._sparse:
             return None
+        self._count(bounds.RECORD * len(sparse.numbers), member.path, member.offset)
         member.size = sparse.size
         return self._complete(member, sparse.segments(offset + BLOCK), sparse.stored)
 

@@ -83,12 +83,14 @@ class Table:
     size: int
 
 
-def parse(document: bytes, codec: Codec, end: int) -> Table:
-    """What a table of contents says. end: where in the blob the last chunk ends.
+def parse(document: bytes, codec: Codec, end: int, budget: bounds.Budget | None = None) -> Table:
+    """What a table of contents says. end: where in the blob the last chunk ends.  budget: of the image.
 
     Raises ImageError if it cannot be right, or says what a .clip cannot.
     """
-    reader = _Reader(codec, end)
+    budget = budget or bounds.Budget()
+    budget.take(len(document), b"", 0)
+    reader = _Reader(codec, end, budget)
     for number, entry in enumerate(entries_in(document)):
         where, name = f"entry {number}", None
         try:
@@ -104,18 +106,18 @@ def parse(document: bytes, codec: Codec, end: int) -> Table:
 class _Reader:
     """The entries read so far. A file's chunks follow its entry."""
 
-    def __init__(self, codec: Codec, end: int) -> None:
-        self._codec, self._end = codec, end
+    def __init__(self, codec: Codec, end: int, budget: bounds.Budget) -> None:
+        self._codec, self._end, self._budget = codec, end, budget
         self._entries: list[Entry] = []
         self._files: list[tuple[Member, list[Chunk]]] = []
         # The file that more chunks may follow of, and how many bytes those before have.
         self._file: Member | None = None
         self._filled = 0
-        self._metadata = 0
 
     def add(self, fields: Fields, name: bytes) -> None:
         """The next entry. Errors do not say which it is."""
-        self._keep(len(name))
+        # As if it was tar. A chunk stays as a span and a segment, which take no more than that.
+        self._budget.take(BLOCK, name, 0)
         kind = fields.text("type")
         if kind == "chunk":
             if self._file is None:
@@ -126,6 +128,7 @@ class _Reader:
         if kind not in _KINDS:
             raise ImageError(f"its type {quoted(kind)} is none that a layer may have")
         member = self._member(_KINDS[kind], fields, name)
+        self._budget.take(bounds.extra_weight(member), name, 0)
         entry = entry_of(member)
         if entry is not None and member.path not in _HIDDEN:
             self._entries.append(entry)
@@ -142,14 +145,7 @@ class _Reader:
             member.segments, member.offset = segments(chunks), chunks[0].position
         return Table(self._entries, spans, size)
 
-    def _keep(self, size: int) -> None:
-        """Count what stays in memory, as if it was tar."""
-        self._metadata += BLOCK + size
-        bounds.check(self._metadata, b"", 0)
-
     def _member(self, kind: bytes, fields: Fields, name: bytes) -> Member:
-        attributes = _xattrs(fields) if fields.value.get("xattrs") else NO_XATTRS
-        self._keep(sum(map(len, attributes.values())))
         link = _encoded(fields, "linkName") if kind in (LINK, SYMLINK) else b""
         member = Member(
             path=cleaned(name),
@@ -161,7 +157,7 @@ class _Reader:
             link=link_target(kind, link),
             hardlink=kind == LINK,
             rdev=_device(fields) if kind in (CHARACTER, BLOCK_DEVICE) else 0,
-            xattrs=attributes,
+            xattrs=_xattrs(fields) if fields.value.get("xattrs") else NO_XATTRS,
             segments=(),
             offset=0,
         )

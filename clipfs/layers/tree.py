@@ -43,13 +43,14 @@ _Children = dict[bytes, Inode]
 
 class Tree:
     """The tree so far. `warnings` says in a sentence each what an image held that the result cannot; `inodes` is how
-    many there are when the tree is finished."""
+    many there are when the tree is finished. `budget` is for those who read the layers."""
 
     def __init__(self) -> None:
         self.root = _implied()
         self.warnings: list[str] = []
         self.inodes = 0
-        self._made = self._said = 0
+        self.budget = bounds.Budget()
+        self._made = 0
         self._unsaid = 0
         # Parents resolved before, by path: members of a directory follow each other. Emptied when a path may lead
         # elsewhere than it did.
@@ -72,9 +73,6 @@ class Tree:
                 members.append(entry)
             else:
                 deletions.append(entry)
-        self._said += bounds.weight(members)
-        if members:
-            bounds.check(self._said, members[-1].path, members[-1].offset)
         if deletions:
             self._delete(deletions, members)
         members.reverse()
@@ -221,10 +219,13 @@ class Tree:
         new: directories that are going to replace symlinks; what such a symlink leads to is not in them.
         """
         trail, missing, names, links = [self.root], list[bytes](), path.split(b"/")[::-1], 0
-        parts = rest = len(names)  # of `path` itself; what is above the rest comes from symlinks
+        # Of `path` itself: how many parts are to come, above which are those of symlinks, and how much of it is behind.
+        rest, way = len(names), 0
         while names:
             name = names.pop()
-            own, rest = len(names) < rest, min(len(names), rest)
+            own = len(names) < rest
+            if own:
+                rest, way = len(names), way + len(name) + 1
             if name in (b"", b"."):
                 continue
             if name == b"..":
@@ -241,7 +242,7 @@ class Tree:
             if inode is None:
                 missing.append(name)
             elif inode.target:
-                if own and new and b"/".join(path.split(b"/")[: parts - rest]) in new:
+                if own and new and path[: way - 1] in new:
                     return None
                 detour = inode.target.split(b"/")[::-1]
                 links += 1
