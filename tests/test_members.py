@@ -137,6 +137,7 @@ class TestNames:
         assert only(pax({"path": "pax"}) + header(b"plain")).path == b"pax"
         assert only(pax({"path": "pax"}) + gnu_long(b"gnu") + header(b"plain")).path == b"gnu"
         assert only(gnu_long(b"gnu") + pax({"path": "pax"}) + header(b"plain")).path == b"gnu"
+        assert only(gnu_long(b"") + pax({"path": "pax"}) + header(b"plain")).path == b"pax"
         assert only(pax({"path": "", "uid": ""}) + header(b"plain", uid=5)).uid == 5
 
 

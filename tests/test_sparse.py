@@ -204,6 +204,14 @@ def test_refuses(name: str) -> None:
     assert error.member == b"s"
 
 
+@pytest.mark.parametrize("records", [{}, {"GNU.sparse.major": "0"}, {"GNU.sparse.realsize": "9"}])
+def test_names_of_sparse_files_are_for_those_alone(records: dict[str | bytes, str | bytes]) -> None:
+    """Go's archive/tar, and so every other tool for images, calls a member that is not sparse what its header says."""
+    said = pax(records | {"GNU.sparse.name": "other"})
+    assert only(said + header(b"name")).path == b"name"
+    assert only(said + gnu_sparse(b"name", 9, [])).path == b"name"
+
+
 def test_a_map_of_a_million_bytes_is_read_in_bounded_memory() -> None:
     pairs = 80_000
     numbers = ",".join(f"{n * 2},1" for n in range(pairs))

@@ -38,7 +38,7 @@ from clipfs.layers.members import (
     said_number,
 )
 from clipfs.layers.pax import MAX_EXTENSION, is_for_all, numeric, records
-from clipfs.layers.sparse import Sparse, begin
+from clipfs.layers.sparse import Sparse, begin, true_name
 
 __all__ = ["Entry", "Member", "Opaque", "TarWalk", "Whiteout"]
 
@@ -260,9 +260,9 @@ class TarWalk:
 
     def _member(self, header: Header, offset: int) -> Entry | None:
         """A member from its header and all that was said before it."""
-        said = self._global | (self._records or {}) | self._long
+        said = self._global | (self._records or {}) | {key: value for key, value in self._long.items() if value}
         self._records, self._long = None, {}
-        self._name = said.get(b"GNU.sparse.name") or said.get(b"path") or header.name
+        self._name = true_name(header, said) or said.get(b"path") or header.name
         member = header.member(self._name, said, offset)
         if member.hardlink or not stat.S_ISREG(member.mode):
             return self._complete(member, (), 0)

@@ -98,8 +98,8 @@ def begin(header: Header, said: Mapping[bytes, bytes], stored: int) -> Sparse | 
             raise ImageError("it is sparse in a way that is not GNU's")
         size = checked_size(numeric(header.block[_REAL_SIZE]))
         return Sparse(size, stored, _old_pairs(header.block[_PAIRS]), more=bool(header.block[_EXTENDED]))
-    version = said.get(b"GNU.sparse.major", b"0") + b"." + said.get(b"GNU.sparse.minor", b"0")
-    if version == b"0.0" and SPARSE_MAP not in said and b"GNU.sparse.numblocks" not in said:
+    version = _version(said)
+    if not version:
         return None
     if version not in (b"0.0", b"0.1", b"1.0"):
         raise ImageError(f"it is sparse in GNU's format {shown(version)}; 0.0, 0.1 and 1.0 are known")
@@ -107,6 +107,20 @@ def begin(header: Header, said: Mapping[bytes, bytes], stored: int) -> Sparse | 
     if version == b"1.0":
         return _Sparse1(size, stored, [], more=True)
     return Sparse(size, stored, _map_in_record(said))
+
+
+def true_name(header: Header, said: Mapping[bytes, bytes]) -> bytes:
+    """What a file is called whose header has a name that is made up, since others would extract what is stored of it.
+
+    b"" where nobody says so, or the file is not sparse.
+    """
+    return said.get(b"GNU.sparse.name", b"") if header.kind != SPARSE and _version(said) else b""
+
+
+def _version(said: Mapping[bytes, bytes]) -> bytes:
+    """Which of its formats in PAX these records are of, b"" if of none."""
+    version = said.get(b"GNU.sparse.major", b"0") + b"." + said.get(b"GNU.sparse.minor", b"0")
+    return b"" if version == b"0.0" and SPARSE_MAP not in said and b"GNU.sparse.numblocks" not in said else version
 
 
 def _map_in_record(said: Mapping[bytes, bytes]) -> list[int]:
