@@ -165,6 +165,12 @@ class TestNumbers:
     def test_times_in_headers(self, seconds: int) -> None:
         assert only(header(b"f", mtime=seconds)).mtime_ns == seconds * 10**9
 
+    def test_times_that_nobody_can_have_meant_are_the_epoch(self) -> None:
+        """A wrong clock is no reason to have no image. Go's zero time is the year 1."""
+        assert only(pax({"mtime": "9223372037"}) + header(b"f")).mtime_ns == 0
+        for seconds in (-62_135_596_800, -(1 << 60), 1 << 60):
+            assert only(header(b"f", mtime=seconds)).mtime_ns == 0
+
     def test_sizes_in_base_256_and_pax(self) -> None:
         data = b"x" * 1000
         for raw in (header(b"f", size=1000, base256=True), pax({"size": "1000"}) + header(b"f", size=7)):
@@ -251,8 +257,6 @@ REFUSED: dict[str, tuple[str, Callable[[], bytes]]] = {
     "owner -1 of 32 bits": ("its owner or group 4294967295 ", lambda: header(b"a", gid=MAX_ID + 1)),
     "owner beyond 32 bits": ("its owner or group", lambda: pax({"gid": "4294967296"}) + header(b"a")),
     "mode of letters": ("have a number", lambda: patched(header(b"a"), mode=b"rwxrwxrwx"[:8])),
-    "time too late": ("modification time", lambda: pax({"mtime": "9223372037"}) + header(b"a")),
-    "time too early": ("modification time", lambda: header(b"a", mtime=-(1 << 60))),
     "time in words": ("should have a time", lambda: pax({"mtime": "yesterday"}) + header(b"a")),
     "device": ("device number 4096:0 ", lambda: header(b"a", typeflag=b"3", rdev=(4096, 0))),
     "minor device": ("device number 1:1048576 ", lambda: header(b"a", typeflag=b"4", rdev=(1, 1 << 20))),

@@ -104,6 +104,7 @@ class TestMembers:
         [
             ("", 0),
             ("0001-01-01T00:00:00Z", 0),
+            ("9999-12-31T23:59:59Z", 0),
             ("1969-12-31T23:59:59Z", -(10**9)),
             ("2023-11-14T22:13:20.000000001Z", 1_700_000_000 * 10**9 + 1),
             ("2023-11-14T22:13:20.5Z", 1_700_000_000 * 10**9 + 5 * 10**8),
@@ -261,7 +262,6 @@ HOSTILE: list[tuple[int, Entry, str]] = [
     (0, {"type": "char", "devMajor": 4096}, "devMajor should be"),
     (0, {"modtime": "yesterday"}, "none"),
     (0, {"modtime": "2023-13-14T22:13:20Z"}, "none"),
-    (0, {"modtime": "9999-12-31T23:59:59Z"}, "292 years"),
     (0, {"modtime": 1_700_000_000}, "modtime should be a string"),
     (0, {"xattrs": "user.a"}, "xattrs should be a JSON object"),
     (0, {"xattrs": {"user.a": "?"}}, "no base64"),

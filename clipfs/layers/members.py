@@ -47,7 +47,7 @@ MODES = {
 MAX_SIZE = 1 << 44
 # Chown takes the owner 2^32-1 to mean "leave it as it is".
 MAX_ID = (1 << 32) - 2
-# Times are nanoseconds in 64 bits, from here to the kernel.
+# Times are nanoseconds in 64 bits, from here to the kernel: 292 years around 1970.
 MAX_TIME = (1 << 63) - 1
 MAX_MAJOR = (1 << 12) - 1
 MAX_MINOR = (1 << 20) - 1
@@ -251,13 +251,12 @@ def checked_id(number: int) -> int:
 
 
 def _time(value: bytes | None, field: bytes) -> int:
-    return checked_time(timestamp(value) if value else numeric(field) * 1_000_000_000)
+    return known_time(timestamp(value) if value else numeric(field) * 1_000_000_000)
 
 
-def checked_time(time: int) -> int:
-    if abs(time) > MAX_TIME:
-        raise ImageError(f"its modification time, {time // 1_000_000_000} s, is more than 292 years from 1970")
-    return time
+def known_time(time: int) -> int:
+    """The time, or 1970 for one that nobody can have meant, as containerd has it: Go writes the year 1 for none."""
+    return time if abs(time) <= MAX_TIME else 0
 
 
 def checked_size(number: int) -> int:

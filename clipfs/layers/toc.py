@@ -39,10 +39,10 @@ from clipfs.layers.members import (
     SYMLINK,
     Entry,
     Member,
-    checked_time,
     cleaned,
     device,
     entry_of,
+    known_time,
     link_target,
 )
 from clipfs.layers.pax import xattrs
@@ -67,8 +67,6 @@ _TIME = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.([0-9]{1,9}))?(Z|[+-][0-9]{2}:[0-9]{2})"
 )
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-# Go's zero time: the archiver knew none.
-_NO_TIME = ("", "0001-01-01T00:00:00Z")
 
 # What JSON says where bytes were no UTF-8.
 _REPLACEMENT = "\ufffd"
@@ -241,7 +239,7 @@ def _device(fields: Fields) -> int:
 @lru_cache(1 << 12)
 def _time(text: str) -> int:
     """A time as RFC 3339 has it, in nanoseconds."""
-    if text in _NO_TIME:
+    if not text:
         return 0
     parts = _TIME.fullmatch(text)
     try:
@@ -250,4 +248,4 @@ def _time(text: str) -> int:
         seconds = (datetime.fromisoformat(parts[1] + parts[3]) - _EPOCH) // timedelta(seconds=1)
     except (ValueError, OverflowError):
         raise ImageError(f"its modification time {quoted(text)} is none") from None
-    return checked_time(seconds * 1_000_000_000 + int((parts[2] or "0").ljust(9, "0")))
+    return known_time(seconds * 1_000_000_000 + int((parts[2] or "0").ljust(9, "0")))
