@@ -135,7 +135,7 @@ def scanned(
     codec = detect(blob[:512]) if codec is None else codec
     with stored(blob) as place, scan(*place, codec, span_size, pieces) as passing:
         plain = b"".join(passing)
-        return plain, passing.spans
+        return plain, list(passing.spans)
 
 
 def checked(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from clipfs.compression.deflate import WINDOW
 from clipfs.compression.ledger import Ledger, Region, Seek
 
 DATA = os.urandom(3 << 20)
@@ -77,7 +79,7 @@ class TestLedger:
         ledger = Ledger(region)
         ledger.begin(Seek(0))
         ledger.cut(len(DATA))
-        assert ledger.spans() == []
+        assert not ledger.spans()
         ledger.close()
 
     def test_digests_follow_chunks_in_their_order_however_many_there_are(self, region: Region) -> None:
@@ -89,3 +91,28 @@ class TestLedger:
         (span,) = ledger.spans()
         assert span.digest == hashlib.sha256(DATA).digest()
         ledger.close()
+
+    def test_windows_are_small_until_they_are_asked_for(self, region: Region, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nothing here is deflate, so all of each window is kept."""
+
+        def window(number: int) -> bytes:
+            return b"%08d" % number * (WINDOW // 8)
+
+        count, ledger = 50, Ledger(region)
+        monkeypatch.setattr(region, "peek", lambda start, count: b"\xff" * count)
+        tracemalloc.start()
+        try:
+            for number in range(count):
+                ledger.add(b"x")
+                ledger.cut(number, Seek(number, window=window(number)))
+                ledger.add(b"y")
+                ledger.cut(number)
+            ledger.add(b"z")
+            ledger.cut(count)
+            spans = ledger.spans()
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+            ledger.close()
+        assert held < count * WINDOW // 4
+        assert [span.window for span in spans] == [b"", *(window(at) for at in range(count) for _ in range(2))]

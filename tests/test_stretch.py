@@ -85,7 +85,7 @@ class TestSeekPoints:
             with scan(tmp_path / "blob", 0, len(blob), Codec.GZIP, 4 * MB, 8) as passing:
                 passing.spare(spare)
                 assert b"".join(passing) == plain
-            points.append(len(seek_points(passing.spans)))
+            points.append(len(seek_points(list(passing.spans))))
             costs.append(sum(len(zstandard.compress(each.window, 9)) for each in passing.spans if not each.skip))
         assert points[0] * 1.5 < points[1]
         assert costs[0] + 20_000 < costs[1] < costs[0] + 80_000

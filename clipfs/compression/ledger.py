@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, overload
 
-from clipfs.compression.windows import REACH, SAMPLE, sparse_window, window_cost
+from clipfs.compression.windows import REACH, SAMPLE, packed, sparse_window, unpacked, window_cost
 from clipfs.format.container import Span
 
 # What small reads in sequence are served from.
@@ -57,6 +58,31 @@ class Region:
         return os.pread(self.descriptor, min(self.size - start, count), self.offset + start)
 
 
+class Spans(Sequence[Span]):
+    """Spans whose windows are compressed until one is asked for: those of an image of 50 GB would take one."""
+
+    def __init__(self, packed_spans: list[Span]) -> None:
+        self._packed = packed_spans
+        self._last = b"", b""  # a window as it is kept, which neighbours share, and as it is
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    @overload
+    def __getitem__(self, number: int) -> Span: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[Span]: ...
+
+    def __getitem__(self, number: int | slice) -> Span | list[Span]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        span = self._packed[number]
+        if span.window is not self._last[0]:
+            self._last = span.window, unpacked(span.window)
+        return replace(span, window=self._last[1])
+
+
 class Ledger:
     """The spans, in order. `length` is how much the one under way holds; `spare`, what they may cost besides a share of
     the layer, in bytes of the index."""
@@ -65,7 +91,7 @@ class Ledger:
         self._region = region
         self._thread = ThreadPoolExecutor(1, "clipfs-spans")
         self._behind: deque[Future[Any]] = deque()
-        self._done: list[Future[Span]] = []
+        self._done: list[Span] = []  # with packed windows; the thread appends to it
         self._hash = hashlib.sha256()
         self._parts: list[bytes | bytearray] = []
         self._collected = 0  # bytes in them
@@ -105,9 +131,7 @@ class Ledger:
         # What one piece takes beyond its end may be more than all of the next one.
         end = self._end = max(end, self._end) if self._seek.skip else end
         rest = self._taken()
-        job = self._thread.submit(self._span, self._seek, end, self._position, self.length, self._hash, rest)
-        self._done.append(job)
-        self._submit(job)
+        self._submit(self._thread.submit(self._span, self._seek, end, self._position, self.length, self._hash, rest))
         done = self._seek
         self._seek = seek or Seek(done.start, done.bit, done.window, done.skip + self.length)
         self._position += self.length
@@ -118,8 +142,11 @@ class Ledger:
         """What it takes to keep the window of a place where decoding can begin. plain: what follows it."""
         return self._thread.submit(self._cost, seek, plain)
 
-    def spans(self) -> list[Span]:
-        return [job.result() for job in self._done]
+    def spans(self) -> Spans:
+        """All of them, at the end."""
+        while self._behind:
+            self._behind.popleft().result()
+        return Spans(self._done)
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
@@ -139,13 +166,14 @@ class Ledger:
 
     def _span(
         self, seek: Seek, end: int, position: int, length: int, digest: Any, rest: list[bytes | bytearray]
-    ) -> Span:
+    ) -> None:
         _update(digest, rest)
         if seek.window is not self._sparse[0]:
             # All pieces that begin there share it, and some are shorter than what may refer to it.
             head = self._region.peek(seek.start, REACH)
-            self._sparse = seek.window, sparse_window(seek.window, seek.bit, head) if seek.window else b""
-        return Span(seek.start, end, position, length, digest.digest(), seek.bit, seek.skip, self._sparse[1])
+            self._sparse = seek.window, packed(sparse_window(seek.window, seek.bit, head))
+        span = Span(seek.start, end, position, length, digest.digest(), seek.bit, seek.skip, self._sparse[1])
+        self._done.append(span)
 
 
 def _update(digest: Any, parts: list[bytes | bytearray]) -> None:

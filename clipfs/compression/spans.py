@@ -15,7 +15,7 @@ ranges with `skip` overlap, and what holds no content (headers, footers, padding
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -68,7 +68,7 @@ class Scan:
     ) -> None:
         if not 0 < span_size <= MAX_SPAN // (2 * _PATIENCE):
             raise ValueError(f"span_size must be between 1 and {MAX_SPAN // (2 * _PATIENCE)}, not {span_size}")
-        self.spans: list[Span] = []
+        self.spans: Sequence[Span] = []
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:

@@ -89,9 +89,26 @@ def window_cost(window: bytes, bit: int, data: bytes, plain: bytes) -> int:
     known = int.from_bytes(plain[:size], "little")
     differs = known ^ int.from_bytes(other[:size], "little")
     taken = int.from_bytes(differs.to_bytes(size, "little").translate(_WHOLE_BYTES), "little")
+    return len(_compressor().compress((known & taken).to_bytes(size, "little")))
+
+
+def packed(window: bytes) -> bytes:
+    """A window for as long as nobody needs it: a tenth of its size or so."""
+    # Copied, because zstandard gives results as much room as they could have needed.
+    return bytes(memoryview(_compressor().compress(window))) if window else b""
+
+
+def unpacked(frame: bytes) -> bytes:
+    """The inverse of `packed`."""
+    return zstandard.ZstdDecompressor().decompress(frame, WINDOW) if frame else b""
+
+
+def _compressor() -> zstandard.ZstdCompressor:
+    """A fast one, of this thread."""
     if not hasattr(_local, "compressor"):
         _local.compressor = zstandard.ZstdCompressor(level=1, write_checksum=False, write_content_size=False)
-    return len(_local.compressor.compress((known & taken).to_bytes(size, "little")))
+    compressor: zstandard.ZstdCompressor = _local.compressor
+    return compressor
 
 
 @cache

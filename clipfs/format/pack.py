@@ -133,7 +133,7 @@ def _pack_spans(layers: Sequence[Layer]) -> Parts:
     compressor = zstandard.ZstdCompressor(level=_WINDOW_LEVEL, write_checksum=False)
     spans: list[bytes] = []
     seeks: list[bytes] = []
-    windows: list[bytes] = []
+    windows = bytearray()
     at, last, size = 0, b"", 0
     for layer in layers:
         seek: tuple[int, ...] = ()  # the spans of a layer share none with those of another
@@ -141,9 +141,9 @@ def _pack_spans(layers: Sequence[Layer]) -> Parts:
             if span.length >> 32:
                 raise ImageError("one stretch of it decodes to more than 4 GiB", layer=layer.digest)
             if span.window and span.window != last:
-                at += size
-                windows.append(compressor.compress(span.window))
-                last, size = span.window, len(windows[-1])
+                at, last = len(windows), span.window
+                windows += compressor.compress(last)
+                size = len(windows) - at
             before, shared = seek, (at, size) if span.window else (0, 0)
             seek = (span.start, span.position - span.skip, *shared, span.bit)
             if seek != before:
@@ -152,4 +152,4 @@ def _pack_spans(layers: Sequence[Layer]) -> Parts:
                 spans.append(SPAN.pack(span.position, len(seeks) - 1, span.end - span.start, span.digest))
             except struct.error:
                 raise ImageError("one stretch of it takes more than 4 GiB", layer=layer.digest) from None
-    return {Kind.SPANS: b"".join(spans), Kind.SEEKS: b"".join(seeks), Kind.WINDOWS: b"".join(windows)}
+    return {Kind.SPANS: b"".join(spans), Kind.SEEKS: b"".join(seeks), Kind.WINDOWS: memoryview(windows)}
