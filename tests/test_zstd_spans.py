@@ -211,6 +211,18 @@ class TestDamage:
         with pytest.raises(ImageError, match="zstd stream has no place between its bytes 0 and"):
             scanned(by_hand(block(b"x"), nothing, block(b"y", last=True)))
 
+    def test_a_frame_that_is_too_long_for_an_index_is_told_while_it_is_read(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("clipfs.compression.ledger.MAX_TAKEN", 3 * MB)
+        first, second = frame(noise(64 * KB)), frame(noise(8 * MB))
+        said = f"at compressed byte {len(first)} has 4 GiB .* `skopeo copy --dest-compress-format"
+        with stored(first + second) as place, scan(*place, Codec.ZSTD, 64 * KB) as passing:
+            with pytest.raises(ImageError, match=said):
+                b"".join(passing)
+            assert passing.consumed() < 4 * MB
+        checked(many(noise(8 * MB), MB), noise(8 * MB), 64 * KB)
+
 
 class TestForward:
     """Decoding one span of a long frame after the other, from where the last one ended."""

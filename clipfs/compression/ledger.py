@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any, overload
 
 from clipfs.compression.windows import REACH, SAMPLE, packed, sparse_window, unpacked, window_cost
-from clipfs.format.container import Span
+from clipfs.errors import ImageError
+from clipfs.format.container import MAX_TAKEN, Span
 
 # What small reads in sequence are served from.
 _READ = 1 << 20
@@ -130,6 +131,12 @@ class Ledger:
             return
         # What one piece takes beyond its end may be more than all of the next one.
         end = self._end = max(end, self._end) if self._seek.skip else end
+        if end - self.start > MAX_TAKEN:
+            raise ImageError(
+                f"what begins at compressed byte {self.start} has 4 GiB and more without another place where decoding "
+                "can begin, and a .clip cannot hold that: compress the layer with another tool, or with "
+                "`skopeo copy --dest-compress-format zstd:chunked`"
+            )
         rest = self._taken()
         self._submit(self._thread.submit(self._span, self._seek, end, self._position, self.length, self._hash, rest))
         done = self._seek

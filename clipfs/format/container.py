@@ -39,6 +39,8 @@ ALIGNMENT = 8
 
 LAYER = struct.Struct("<BBB5x64s64sQQQQB255s")
 SPAN = struct.Struct("<QII32s")
+# Compressed bytes from where decoding begins to the end of a span.
+MAX_TAKEN = (1 << 32) - 1
 SEEK = struct.Struct("<QqQIB3x")
 
 # An extent's place is its layer's number and, in the low bits, the offset in the uncompressed layer.
