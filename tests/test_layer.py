@@ -234,6 +234,14 @@ class TestHostile:
         assert "take more than 4 MiB" in str(error)
         assert error.member
 
+    def test_what_global_headers_add_to_counts_each_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However little one adds, all that was said before is looked at."""
+        monkeypatch.setattr(bounds, "MAX_METADATA", 4 << 20)
+        many = pax({f"SCHILY.xattr.{n}": "v" for n in range(2000)}, typeflag=b"g")
+        raw = many + pax({"uid": "5"}, typeflag=b"g") * 100
+        error = refused(lambda: walked(raw, step=len(raw)))
+        assert "take more than 4 MiB" in str(error)
+
     def test_long_ways_count_for_the_time_that_they_take(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A part of a name that is one letter costs as much as a whole word."""
         monkeypatch.setattr(bounds, "MAX_METADATA", 4 << 20)

@@ -255,6 +255,7 @@ class TarWalk:
             # Comments, which is all that most global headers hold, must not take the fast path away.
             found = {key: value for key, value in records(body).items() if is_for_all(key)}
             self._global = {key: value for key, value in (self._global | found).items() if value}
+            self._count(bounds.RECORD * len(self._global), self._name, self._offset)
             if sum(map(len, self._global)) + sum(map(len, self._global.values())) > MAX_GLOBAL:
                 raise ImageError(f"what global headers say of all members has more than {MAX_GLOBAL} bytes")
 
