@@ -175,6 +175,17 @@ class TestVerify:
         assert capsys.readouterr().out == f"{cache.directory}: 4 of 5 spans are good; removed 1 that were not, 0 B\n"
 
 
+def test_a_directory_that_others_can_write_to(
+    cache: DiskCache, kept: list[bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache.directory.chmod(0o777)
+    for what in ("ls", "gc", "prune", "verify"):
+        assert main(["cache", what, "--cache-dir", str(cache.directory)]) == 1
+        said = f"{cache.directory} must be a directory of uid {os.geteuid()} that nobody else can write to"
+        assert capsys.readouterr().err == f"clipfs: {said}\n"
+    assert all(file_of(cache, digest).exists() for digest in kept)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [

@@ -186,6 +186,15 @@ class TestDamage:
         stored.path.symlink_to(tmp_path / "elsewhere")
         assert get(DiskCache(cache.directory, 1 << 30), digest, 0) is None
 
+    def test_nor_is_one_in_place_of_the_total(self, cache: DiskCache, tmp_path: Path) -> None:
+        victim = tmp_path / "victim"
+        victim.write_text("something of somebody's")
+        (cache.directory / "total").symlink_to(victim)
+        keep(cache, 1)
+        with pytest.raises(OSError, match="symbolic links"):
+            cache.trim(0)
+        assert victim.read_text() == "something of somebody's"
+
     def test_a_lost_or_wrong_total_is_counted_anew(self, cache: DiskCache) -> None:
         keep(cache, 1)
         size = sum(stored.size for stored in cache.stored())

@@ -332,6 +332,32 @@ def test_a_root_that_does_not_answer_does_not_hang_mount(
     assert mountinfo.top_at(str(mountpoint)) is None
 
 
+@pytest.mark.parametrize("whose", ["writable", "foreign", "link"])
+def test_a_cache_directory_of_others_is_refused(clip: Path, mountpoint: Path, tmp_path: Path, whose: str) -> None:
+    cache = tmp_path / "spans"
+    cache.mkdir()
+    match whose:
+        case "writable":
+            cache.chmod(0o777)
+        case "foreign":
+            os.chown(cache, 1000, 1000)
+        case "link":
+            cache.rename(tmp_path / "elsewhere")
+            cache.symlink_to("elsewhere")
+    with pytest.raises(clipfs.ClipfsError, match=f"{cache} must be a directory of uid 0 that nobody else can write"):
+        clipfs.mount(clip, mountpoint, MountOptions(cache_dir=cache))
+    assert mountinfo.top_at(str(mountpoint)) is None
+    assert list(cache.iterdir()) == []
+
+
+def test_a_trace_that_is_none_is_an_error(clip: Path, mountpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot read the trace"):
+        clipfs.mount(clip, mountpoint, MountOptions(prefetch=str(tmp_path / "trace")))
+    (tmp_path / "trace").write_text("something else\n")
+    with pytest.raises(UsageError, match="is no trace"):
+        clipfs.mount(clip, mountpoint, MountOptions(prefetch=str(tmp_path / "trace")))
+
+
 def test_a_supervisor_that_crashes_is_an_error(clip: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "serve", lambda *_: os.kill(os.getpid(), signal.SIGSEGV))
     with pytest.raises(MountError, match="ended without a word"):

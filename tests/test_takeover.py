@@ -394,6 +394,20 @@ def test_its_files_are_changed_under_it(large: Path, content: bytes, mountpoint:
         assert len(os.listdir(mountpoint / "small")) == 200
 
 
+def test_what_a_later_worker_was_given_is_gone(large: Path, content: bytes, mountpoint: Path, tmp_path: Path) -> None:
+    """The trace deleted, the cache directory open to others: it does without them."""
+    trace, cache, log = tmp_path / "trace", tmp_path / "spans", tmp_path / "log"
+    trace.write_text("clipfs trace 1\n0 0\n")
+    with clipfs.mount(large, mountpoint, MountOptions(prefetch=str(trace), cache_dir=cache, log=log)) as mounted:
+        trace.unlink()
+        cache.chmod(0o777)
+        mounted.upgrade()
+        assert (mountpoint / "large").read_bytes() == content
+    said = log.read_text()
+    assert f"there is no trace to go by: cannot read the trace {trace}" in said
+    assert f"there is no cache on disk: {cache} must be a directory" in said
+
+
 def test_a_packed_clip_that_is_truncated_is_an_error(
     large: Path, content: bytes, mountpoint: Path, tmp_path: Path
 ) -> None:

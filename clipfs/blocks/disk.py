@@ -252,7 +252,8 @@ class DiskCache:
     @contextlib.contextmanager
     def _total(self) -> Iterator[list[int]]:
         """The bytes on disk, as a list of one number, locked against other processes until the block ends."""
-        with open(os.open(self.directory / "total", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", 0) as file:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        with open(os.open(self.directory / "total", flags, 0o600), "r+b", 0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             known = file.read(_TOTAL.size)
             total = [_TOTAL.unpack(known)[0] if len(known) == _TOTAL.size else sum(each.size for each in self.stored())]

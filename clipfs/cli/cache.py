@@ -23,11 +23,11 @@ _DAMAGED = 65
 def cache(args: argparse.Namespace) -> int:
     """Do what is asked, and say what came of it; exit code 65 if `verify` found damage."""
     limit = byte_count(args.cache_size, "--cache-size") if args.cache_size else None
-    directory = args.cache_dir or state.cache_dir() / "spans"
-    if not directory.is_dir() and args.cache_dir is not None:
-        raise ClipfsError(f"there is no directory {directory}")
+    if args.cache_dir is not None and not args.cache_dir.is_dir():
+        raise ClipfsError(f"there is no directory {args.cache_dir}")
+    directory = state.private(args.cache_dir or state.cache_dir() / "spans")
     action: Callable[[DiskCache], tuple[dict[str, Any], str]] = _ACTIONS[args.what]
-    facts, sentence = action(DiskCache(directory.absolute(), limit))
+    facts, sentence = action(DiskCache(directory, limit))
     print(json.dumps(facts, indent=2) if args.json else sentence)
     return _DAMAGED if facts.get("damaged") else 0
 

@@ -32,7 +32,8 @@ class Job:
     counters, journal: the files of `state.MountRecord`, which are named after `process`. log: for what it writes. path:
     what the clip is called. source: where its data is. began: when the mount did, by the monotonic clock. level: of
     logging. oom: what the worker's oom_score_adj is to be, None if that of the supervisor was not changed. xattrs:
-    False if no inode of the index has any.
+    False if no inode of the index has any. founding: is the mount made with this worker? What it is given and cannot
+    use is an error then; one that comes later does without.
     """
 
     fuse: int
@@ -50,6 +51,7 @@ class Job:
     oom: int | None
     options: MountOptions
     xattrs: bool = True
+    founding: bool = False
 
     @property
     def descriptors(self) -> tuple[int, ...]:

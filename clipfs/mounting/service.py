@@ -89,6 +89,7 @@ def serve(
                 level=logging.getLogger().getEffectiveLevel(),
                 oom=oom,
                 xattrs=copy.xattrs,
+                founding=bool(idle),
                 options=options,
             )
             child = idle.pop() if idle else Child(origin)

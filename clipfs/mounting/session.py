@@ -76,10 +76,10 @@ class _Session:
             index,
             fetcher,
             counters=Counters.create(Path(f"/proc/self/fd/{job.counters}")),
-            tiers=Tiers(options.cache, _disk_cache(options)),
+            tiers=Tiers(options.cache, _disk_cache(options, founding=job.founding)),
             journal=Journal(Path(f"/proc/self/fd/{job.journal}"), began=job.began),
         )
-        planned = _planned(index, options)
+        planned = _planned(index, options, founding=job.founding)
         introduced, shown = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         place = shown.detach()
         introducing = trio.CancelScope()
@@ -157,28 +157,31 @@ class _Session:
         self._channel.say("left")
 
 
-def _disk_cache(options: MountOptions) -> DiskCache | None:
-    """The cache on disk; none, and a warning, for a user who has no place for it."""
+def _disk_cache(options: MountOptions, *, founding: bool) -> DiskCache | None:
+    """The cache on disk; none, and a warning, for a user who has no place for it. One that was named has to do."""
     try:
-        directory = options.cache_dir or state.cache_dir() / "spans"
+        directory = state.private(options.cache_dir or state.cache_dir() / "spans")
     except ClipfsError as error:
+        if founding and options.cache_dir is not None:
+            raise
         log.warning("there is no cache on disk: %s", error)
         return None
     return DiskCache(directory, options.cache_size, compress=options.cache_compression)
 
 
-def _planned(index: Index, options: MountOptions) -> list[trace.Place]:
-    """The spans to fetch before anybody asks for them."""
+def _planned(index: Index, options: MountOptions, *, founding: bool) -> list[trace.Place]:
+    """The spans to fetch before anybody asks for them. A trace that was named has to be one."""
     if options.prefetch == "none":
         return []
     if options.prefetch == "all":
         return trace.everything(index.layers)
-    if options.prefetch != "trace":
-        return trace.load(Path(options.prefetch), index.layers)
+    named = options.prefetch != "trace"
     try:
-        path = _trace_path(index)
-        return trace.load(path, index.layers) if path.exists() else []
+        path = Path(options.prefetch) if named else _trace_path(index)
+        return trace.load(path, index.layers) if named or path.exists() else []
     except ClipfsError as error:
+        if founding and named:
+            raise
         log.warning("there is no trace to go by: %s", error)
         return []
 
