@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -219,6 +219,56 @@ def test_gc_clears_up_after_a_kill_and_spares_the_living(
         with clipfs.mount(clip, mountpoint):
             assert clipfs.gc() == []
             assert (mountpoint / "hello").read_text() == "hello\n"
+
+
+@contextlib.contextmanager
+def tmpfs(place: Path) -> Iterator[None]:
+    """Something precious, mounted on `place`."""
+    place.mkdir(exist_ok=True)
+    assert run("mount", "-t", "tmpfs", "precious", place).returncode == 0
+    try:
+        yield
+    finally:
+        assert run("umount", "-l", place).returncode == 0
+
+
+def test_what_is_seen_in_its_place_is_not_unmounted_for_it(clip: Path, tmp_path: Path) -> None:
+    """A mount over a directory above hides it, and has one of its own in that place."""
+    top, place = tmp_path / "top", tmp_path / "top" / "a"
+    place.mkdir(parents=True)
+    mounted = clipfs.mount(clip, place)
+    with tmpfs(top):
+        with pytest.raises(MountError, match="that can be seen: something else is mounted on top of"):
+            clipfs.unmount(place)
+        with tmpfs(place):
+            seen = mountinfo.top_at(str(place))
+            assert seen is not None
+            assert seen.source == "precious"
+            with pytest.raises(MountError, match="that can be seen: something else is mounted on top of"):
+                clipfs.unmount(place)
+            with pytest.raises(MountError, match="on top of"):
+                mounted.unmount()
+            kill(record_of(mounted))
+            assert clipfs.gc() == []
+            assert mountinfo.top_at(str(place)) == seen
+    assert [record.mountpoint for record in clipfs.gc()] == [str(place)]
+
+
+def test_the_kernel_sees_the_same_mounts(tmp_path: Path) -> None:
+    top = tmp_path / "top"
+    with tmpfs(top), tmpfs(top / "a"), tmpfs(top / "a" / "b"), tmpfs(top / "a"), tmpfs(top), tmpfs(top / "a"):
+        table = mountinfo.entries()
+        for place in {entry.mountpoint for entry in table}:
+            try:
+                looked_up = os.open(place, os.O_PATH | os.O_CLOEXEC)
+            except FileNotFoundError:  # it is below another one
+                assert mountinfo.top_at(place) is None
+                continue
+            info = Path(f"/proc/self/fdinfo/{looked_up}").read_text()
+            os.close(looked_up)
+            number = int(info.partition("mnt_id:")[2].split()[0])
+            expected = next((each for each in table if (each.id, each.mountpoint) == (number, place)), None)
+            assert mountinfo.top_at(place) == expected, place
 
 
 def test_gc_does_not_take_a_new_mount_for_the_dead_one_before_it(clip: Path, mountpoint: Path) -> None:

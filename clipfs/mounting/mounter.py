@@ -225,7 +225,7 @@ def _end(record: MountRecord, *, force: bool) -> None:
         elif entry is not None and entry.device == record.device:
             mountinfo.unmount(record.mountpoint)
         elif any(other.device == record.device for other in mountinfo.entries()):
-            raise MountError(f"something else is mounted on top of {record.mountpoint}; unmount that first")
+            raise MountError(mountinfo.covered(record.mountpoint))
         if not kernel.readable([pidfd], _END_SECONDS):
             raise MountError(f"{record.mountpoint} is unmounted but still in use, so it goes on being served")
         if force:

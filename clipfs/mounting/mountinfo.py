@@ -68,10 +68,25 @@ def entries() -> list[MountEntry]:
 
 
 def top_at(mountpoint: str) -> MountEntry | None:
-    """The mount that a path lookup of `mountpoint` ends on: of several in one place, the one that covers the others."""
-    here = [entry for entry in entries() if entry.mountpoint == mountpoint]
-    covered = {entry.parent for entry in here}
-    return next((entry for entry in here if entry.id not in covered), None)
+    """The mount whose root a path lookup of `mountpoint` ends on, None if that is no mount's root.
+
+    It goes from mount to mount as the kernel does. The table also has what nobody sees: what another mount covers, in
+    the same place or in a directory above.
+    """
+    table = entries()
+    ids = {entry.id for entry in table}
+    # First the root: on something that is not in the table, or on itself.
+    here, on = None, [entry for entry in table if entry.parent not in ids or entry.parent == entry.id]
+    while passed := [entry for entry in on if f"{mountpoint}/".startswith(f"{entry.mountpoint.rstrip('/')}/")]:
+        here = min(passed, key=lambda entry: len(entry.mountpoint))
+        # Who begins at the root does not see what is mounted on that.
+        on = [entry for entry in table if entry.parent == here.id and entry.mountpoint != "/"]
+    return here if here is not None and here.mountpoint == mountpoint else None
+
+
+def covered(mountpoint: str) -> str:
+    """The sentence for a mount that is at `mountpoint`, and not seen there."""
+    return f"something else is mounted on top of {mountpoint}, or of a directory above it; unmount that first"
 
 
 def canonical(path: str | os.PathLike[str]) -> str:
@@ -86,12 +101,15 @@ def device_at(mountpoint: str) -> str:
     """The device of the clipfs mount at `mountpoint`; MountError if there is none."""
     entry = top_at(mountpoint)
     if entry is None or not entry.ours:
-        raise MountError(f"there is no clipfs mount on {mountpoint}")
+        hidden = any(each.ours for each in entries() if each.mountpoint == mountpoint)
+        why = f" that can be seen: {covered(mountpoint)}" if hidden else ""
+        raise MountError(f"there is no clipfs mount on {mountpoint}{why}")
     return entry.device
 
 
 def detach_dead(mountpoint: str, device: str) -> bool:
-    """Detach the clipfs mount of `device` at `mountpoint`, whose processes have ended. True if it is gone, also before.
+    """Detach the clipfs mount of `device` at `mountpoint`, whose processes have ended. True if it is gone, also before;
+    False if something else covers it.
 
     Device numbers come back, so one more thing is asked of FUSE: a file system without a process says ENOTCONN. (To
     statfs; its cached attributes it still shows.) EROFS does not know. Device "" means that only the place is known.

@@ -255,8 +255,8 @@ class Supervisor:
         # Nobody can wait for our answers any more, so that unmounting cannot hang.
         alive = self._connection.alive
         self._connection.close()
-        if alive:
-            mountinfo.detach_dead(self._record.mountpoint, self._record.device)
+        if alive and not mountinfo.detach_dead(self._record.mountpoint, self._record.device):
+            log.warning("%s", mountinfo.covered(self._record.mountpoint))
         answer(self._record.process, "it was unmounted")
 
 
