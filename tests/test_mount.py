@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import select
 import shutil
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ import trio
 
 import clipfs
 from clipfs import FormatError, MountError, MountOptions, UsageError, state
-from clipfs.mounting import daemon, kernel, mountinfo, service
+from clipfs.mounting import daemon, kernel, mountinfo, service, views
 from clipfs.mounting.connection import amended, detached
 from tests.mounts import BIG, GONE, SECONDS, ended, files, kill, record_of, run
 
@@ -406,6 +407,43 @@ def test_a_trace_that_is_none_is_an_error(clip: Path, mountpoint: Path, tmp_path
     (tmp_path / "trace").write_text("something else\n")
     with pytest.raises(UsageError, match="is no trace"):
         clipfs.mount(clip, mountpoint, MountOptions(prefetch=str(tmp_path / "trace")))
+
+
+@pytest.mark.parametrize("when", [0, 1])
+def test_who_is_interrupted_leaves_no_mount(
+    clip: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    """Before the process that serves has said who it is, and after that."""
+    readable, me, calls = kernel.readable, os.getpid(), itertools.count()
+
+    def interrupted(descriptors: Iterable[int], seconds: float | None) -> set[int]:
+        if os.getpid() == me and next(calls) == when:
+            raise KeyboardInterrupt
+        return readable(descriptors, seconds)
+
+    monkeypatch.setattr(kernel, "readable", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        clipfs.mount(clip, mountpoint)
+    assert next(calls) > when
+    assert mountinfo.top_at(str(mountpoint)) is None
+    assert state.records() == []
+
+
+def test_a_signal_while_the_mount_is_made_is_obeyed_when_it_is(
+    clip: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = views.make
+
+    def make_and_be_told(*arguments: Any) -> views.Made:
+        made = make(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return made
+
+    monkeypatch.setattr(views, "make", make_and_be_told)
+    with contextlib.suppress(MountError):  # it may have been there for a moment
+        ended(clipfs.mount(clip, mountpoint).pid)
+    assert mountinfo.top_at(str(mountpoint)) is None
+    assert state.records() == []
 
 
 def test_a_supervisor_that_crashes_is_an_error(clip: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 from clipfs import errors
 from clipfs import log as logs
@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 # Opening an index takes milliseconds, importing everything less than a second. A machine that needs longer than this
 # is not slow but stuck.
 _START_SECONDS = 30.0
+
+# From SIGTERM to the end of a process that serves a mount; its worker has 8 s.
+_END_SECONDS = 10.0
 
 # From SIGKILL to the end of a process; only one that is stuck in the kernel needs longer.
 _DEATH_SECONDS = 5.0
@@ -58,6 +61,9 @@ class Standby:
         answers, answered = os.pipe()
         self._orders = open(orders, "wb", buffering=0)  # noqa: SIM115  see close
         self.answers = open(answers, "rb", buffering=0)  # noqa: SIM115
+        #: Who it is, when it has told that.
+        self.process: Process | None = None
+        self._heard = b""
         try:
             if origin is not None or _alone():
                 _fork(ordered, answered, origin)
@@ -75,6 +81,32 @@ class Standby:
         task = {"clip": str(clip), "mountpoint": mountpoint, "options": options.to_json()}
         with contextlib.suppress(BrokenPipeError):
             self._orders.write(json.dumps(task).encode() + b"\n")
+
+    def hear(self, deadline: float) -> dict[str, int]:
+        """The next thing that it tells. Its error, if that is what it has to say, and MountError if it says nothing."""
+        while b"\n" not in self._heard:
+            ready = kernel.readable([self.answers.fileno()], deadline - time.monotonic())
+            piece = self.answers.read(1 << 12) if ready else b""
+            if not piece:
+                what = "ended without a word" if ready else f"was not ready after {_START_SECONDS:.0f} s"
+                raise MountError(f"the process that should serve the mount {what}; a log=FILE option shows what it did")
+            self._heard += piece
+        line, _, self._heard = self._heard.partition(b"\n")
+        kind, content = json.loads(line)
+        if kind == "error":
+            raise known_error(*content)
+        fields: dict[str, int] = content
+        return fields
+
+    def give_up(self, mountpoint: str) -> None:
+        """Leave nothing of a mount that did not come up, or that nobody wants any more."""
+        if self.process is None:
+            # If it was told what to serve, it is about to; if not, it ends now.
+            self._orders.close()
+            with contextlib.suppress(ClipfsError):
+                self.process = Process(**self.hear(time.monotonic() + _END_SECONDS))
+        if self.process is not None:
+            _undo(self.process, mountpoint)
 
     def close(self) -> None:
         """Let go of it; one that has nothing to do has ended then."""
@@ -110,14 +142,14 @@ def start(
     device = os.stat(mountpoint).st_dev
     deadline = time.monotonic() + _START_SECONDS
     with standby or Standby() as server:
-        server.order(clip, mountpoint, options)
-        process = Process(**_message(server.answers, deadline))
         try:
+            server.order(clip, mountpoint, options)
+            server.process = process = Process(**server.hear(deadline))
             meanwhile()
-            _message(server.answers, deadline)
+            server.hear(deadline)
             _await_root(mountpoint, device, deadline)
         except BaseException:
-            _give_up(process, mountpoint)
+            server.give_up(mountpoint)
             raise
     return process
 
@@ -150,23 +182,6 @@ def _begin_anew(orders: int, answers: int) -> None:
         raise MountError(f"cannot start {sys.executable} to serve the mount: {error}") from error
 
 
-def _message(messages: IO[bytes], deadline: float) -> dict[str, int]:
-    """The next line from the child. Its error, if that is what it has to say, and MountError if it says nothing."""
-    line = b""
-    while not line.endswith(b"\n"):
-        ready = kernel.readable([messages.fileno()], deadline - time.monotonic())
-        piece = os.read(messages.fileno(), 1) if ready else b""
-        if not piece:
-            what = "ended without a word" if ready else f"was not ready after {_START_SECONDS:.0f} s"
-            raise MountError(f"the process that should serve the mount {what}; a log=FILE option shows what it did")
-        line += piece
-    kind, content = json.loads(line)
-    if kind == "error":
-        raise known_error(*content)
-    fields: dict[str, int] = content
-    return fields
-
-
 def _await_root(mountpoint: str, device: int, deadline: float) -> None:
     """Wait until the mountpoint shows another file system. A thread looks: if the mount hangs, nothing else does."""
     answer: list[int | OSError] = []
@@ -188,17 +203,25 @@ def _await_root(mountpoint: str, device: int, deadline: float) -> None:
         raise MountError(f"mounted on {mountpoint}, but it was unmounted at once")
 
 
-def _give_up(process: Process, mountpoint: str) -> None:
-    """Leave nothing of a mount that did not come up. Killing its processes also frees who waits for their answers."""
+def _undo(process: Process, mountpoint: str) -> None:
+    """End a mount, in whatever state. Killing its processes also frees who waits for their answers."""
+    # It knows best what it has done so far, and undoes it if it can.
+    _end(process, signal.SIGTERM, _END_SECONDS)
     record = next((record for record in records() if record.process == process), None)
     for one in (process, record.worker if record is not None else None):
-        pidfd = one.pidfd() if one is not None else None
-        if pidfd is not None:
-            with open(pidfd, "rb", buffering=0):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                kernel.readable([pidfd], _DEATH_SECONDS)
+        if one is not None:
+            _end(one, signal.SIGKILL, _DEATH_SECONDS)
     mountinfo.detach_dead(mountpoint, record.device if record is not None else "")
     remove_files(process)
+
+
+def _end(process: Process, number: signal.Signals, seconds: float) -> None:
+    """Send a signal, and wait so long for the end."""
+    pidfd = process.pidfd()
+    if pidfd is not None:
+        with open(pidfd, "rb", buffering=0):
+            signal.pidfd_send_signal(pidfd, number)
+            kernel.readable([pidfd], seconds)
 
 
 def _serve_and_exit(orders: int, answers: int, origin: int | None) -> NoReturn:

@@ -22,7 +22,7 @@ from clipfs.mounting.child import Child
 from clipfs.mounting.connection import Connection
 from clipfs.mounting.control import Job
 from clipfs.mounting.options import MountOptions
-from clipfs.mounting.supervisor import Supervisor
+from clipfs.mounting.supervisor import Supervisor, held_signals
 from clipfs.state import MountRecord, Process
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ def serve(
         source = options.source or index.source
         name = options.name or str(clip)
         record = MountRecord(Process.current(), mountpoint, str(clip), source, device="", name=name)
+        signals = stack.enter_context(held_signals())
         # First the record, then what it tells of: whatever moment we are killed at, `gc` finds the rest.
         record.save()
         stack.callback(record.remove)
@@ -99,7 +100,7 @@ def serve(
         plan = views.Plan(name, mountpoint, copy.path, options)
         supervisor = Supervisor(views.make(plan, begin, _START_SECONDS), record, begin)
         try:
-            supervisor.run(on_ready)
+            supervisor.run(on_ready, signals)
         finally:
             if options.report is not None:
                 _save_report(index, record, counters, options.report)

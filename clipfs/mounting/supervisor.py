@@ -67,16 +67,18 @@ class Supervisor:
         made.child.served_since = time.monotonic()
         self._times = _Times(ping=time.monotonic() + PING_SECONDS)
 
-    def run(self, on_ready: Callable[[MountRecord], None]) -> None:
-        """Until the mount is gone: unmounted by somebody, or by us after SIGTERM or SIGINT, whoever uses it."""
-        with _signals() as signals:
-            try:
-                self._record.save()
-                on_ready(self._record)
-                while not self._ending and self._turn(signals):
-                    pass
-            finally:
-                self._end()
+    def run(self, on_ready: Callable[[MountRecord], None], signals: socket.socket) -> None:
+        """Until the mount is gone: unmounted by somebody, or by us after SIGTERM or SIGINT, whoever uses it.
+
+        signals: from `held_signals`.
+        """
+        try:
+            self._record.save()
+            on_ready(self._record)
+            while not self._ending and self._turn(signals):
+                pass
+        finally:
+            self._end()
 
     # --- one thing after the other
 
@@ -261,8 +263,11 @@ class Supervisor:
 
 
 @contextmanager
-def _signals() -> Iterator[socket.socket]:
-    """A socket that becomes readable with the numbers of signals, while what they did before is put aside."""
+def held_signals() -> Iterator[socket.socket]:
+    """A socket that becomes readable with the numbers of signals, while what they did before is put aside.
+
+    Who has begun to make a mount holds them: one that comes meanwhile is obeyed when there is something to undo.
+    """
     ours, theirs = socket.socketpair()
     with ExitStack() as stack:
         stack.enter_context(ours)
