@@ -11,6 +11,7 @@ from clipfs import MountOptions, UsageError
 from clipfs.cli import helper
 from clipfs.mounting import mountinfo
 from clipfs.mounting.options import byte_count, parse
+from tests.mounts import kill, record_of
 
 pytest_plugins = ("tests.mount_fixtures",)
 
@@ -121,6 +122,30 @@ def test_a_remount_is_a_no_op_for_ro_and_refused_for_rw(capsys: pytest.CaptureFi
     assert helper.main(["x.clip", "/none", "-o", "remount,ro,noatime"]) == 0
     assert helper.main(["x.clip", "/none", "-o", "remount,rw"]) == 32
     assert "read-only" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("runtime")
+def test_a_remount_does_not_say_that_it_has_changed_something(
+    clip: Path, mountpoint: Path, capsys: pytest.CaptureFixture[str], view: str
+) -> None:
+    with clipfs.mount(clip, mountpoint, MountOptions(view=view, noexec=True)):
+        for same in ("", "noexec", "nosuid,nodev,noexec"):
+            assert helper.main([str(clip), str(mountpoint), "-o", f"remount,ro,{same}"]) == 0
+        for other, named in (("exec", "noexec"), ("allow_suid", "suid"), ("noexec,dev,suid", "suid, dev")):
+            assert helper.main([str(clip), str(mountpoint), "-o", f"remount,ro,{other}"]) == 32
+            assert f"cannot be remounted with another setting of {named}; unmount it" in capsys.readouterr().err
+    assert helper.main([str(clip), str(mountpoint), "-o", "remount,ro,noexec"]) == 32
+    assert "there is no clipfs mount on" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("runtime")
+def test_a_dead_mount_is_not_mounted_already(
+    clip: Path, mountpoint: Path, capsys: pytest.CaptureFixture[str], view: str
+) -> None:
+    kill(record_of(clipfs.mount(clip, mountpoint, MountOptions(name=str(clip), view=view))))
+    assert helper.main([str(clip), str(mountpoint)]) == 32
+    assert f"what served it has died, `umount {mountpoint}` or `clipfs gc` removes it" in capsys.readouterr().err
+    assert [record.mountpoint for record in clipfs.gc()] == [str(mountpoint)]
 
 
 def test_a_fake_mount_mounts_nothing(clip: Path, mountpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,10 +104,11 @@ def _obey(request: _Request) -> int:
             print(f"mount.clipfs: {sentence}")
 
     if request.parsed.remount:
-        # There is nothing that a remount could change. mount(8) asks for `rw` where it means nothing by it, but who
-        # wants to write must not believe to have got it.
+        # A remount changes nothing. mount(8) asks for `rw` where it means nothing by it, but who wants to write, or to
+        # have nobody execute, must not believe to have got it.
         if request.parsed.writable:
             raise MountError(f"{request.directory} is an image, which is read-only; it cannot be remounted rw")
+        _refuse_changes(request)
         say(f"{request.directory} is read-only already")
         return 0
     if request.parsed.writable:
@@ -128,12 +129,33 @@ def _obey(request: _Request) -> int:
         return _mount(request, standby, say)
 
 
+def _refuse_changes(request: _Request) -> None:
+    """MountError if a remount asks for what the mount is not. What it does not name stays as it is anyway."""
+    named = [name for name in ("suid", "dev", "noexec") if name in request.parsed.named]
+    if not named:
+        return
+    entry = mountinfo.top_at(mountinfo.canonical(request.directory))
+    if entry is None:
+        raise MountError(f"there is no clipfs mount on {request.directory}")
+    is_so = {
+        "suid": "nosuid" not in entry.options,
+        "dev": "nodev" not in entry.options,
+        "noexec": "noexec" in entry.options,
+    }
+    other = [name for name in named if getattr(request.parsed.options, name) != is_so[name]]
+    if other:
+        raise MountError(
+            f"{request.directory} cannot be remounted with another setting of {', '.join(other)}; "
+            "unmount it, and mount it with that"
+        )
+
+
 def _mount(request: _Request, standby: Standby, say: Callable[[str], None]) -> int:
     """standby: who is to serve it. That loads what it needs while this process does."""
     from clipfs.mounting.mounter import mount, record_at
 
     record = record_at(mountinfo.canonical(request.directory))
-    if record is not None and record.name == request.spec:
+    if record is not None and record.alive and record.name == request.spec:
         # `mount -a` compares with the table of mounts, which says of the kernel view what EROFS mounts.
         say(f"{request.spec} is mounted on {request.directory} already")
         return 0

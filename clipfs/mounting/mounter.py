@@ -125,8 +125,11 @@ def _checked(clip: Path | str, mountpoint: Path | str) -> tuple[Path, str]:
     place = mountinfo.canonical(mountpoint)
     try:
         mode = os.stat(place).st_mode
-        # A dead mount still shows its cached root to stat, but nothing to statvfs.
+        # A dead mount of FUSE still shows its cached root to stat, but nothing to statvfs; EROFS shows both.
         os.statvfs(place)
+        record = record_at(place)
+        if record is not None and not record.alive:
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
     except FileNotFoundError:
         raise MountError(f"mountpoint {place} does not exist; make the directory first") from None
     except OSError as error:
@@ -171,7 +174,7 @@ def upgrade(mountpoint: Path | str) -> None:
 def record_at(place: str) -> MountRecord | None:
     """The record of what is seen at `place`, which is spelt as `mountinfo.canonical` does."""
     top = mountinfo.top_at(place)
-    if top is None:
+    if top is None or top.fstype not in (mountinfo.FSTYPE, "erofs"):
         return None
     found = [record for record in state.records() if (record.mountpoint, record.device) == (place, top.device)]
     # A dead one's device number may have come back.

@@ -32,12 +32,13 @@ _FUSERMOUNT_SECONDS = 20
 
 
 class MountEntry(NamedTuple):
-    """One line of /proc/self/mountinfo; device is "major:minor"."""
+    """One line of /proc/self/mountinfo; device is "major:minor", options those of the mount, not of the file system."""
 
     id: int
     parent: int
     device: str
     mountpoint: str
+    options: frozenset[str]
     fstype: str
     source: str
 
@@ -60,6 +61,7 @@ def entries() -> list[MountEntry]:
                 parent=int(left[1]),
                 device=left[2].decode(),
                 mountpoint=_path(left[4]),
+                options=frozenset(left[5].decode().split(",")),
                 fstype=_path(right[0]),
                 source=_path(right[1]),
             )

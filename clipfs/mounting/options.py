@@ -125,6 +125,7 @@ class Parsed:
     remount: bool
     writable: bool  # the last of ro and rw was rw; nothing said counts as ro
     nofail: bool  # what does not exist is no error
+    named: frozenset[str]  # the fields of the options that were said, and are no defaults
 
 
 def parse(text: str, *, sloppy: bool = False) -> Parsed:
@@ -149,7 +150,8 @@ def parse(text: str, *, sloppy: bool = False) -> Parsed:
         elif not (word in _IGNORED or name in _IGNORED_KEYS or name.lower().startswith("x-") or sloppy):
             known = ", ".join(sorted([*_FLAGS, *(f"{key}=" for key in _VALUES), "ro", "remount"]))
             raise UsageError(f"unknown mount option '{word}'; there are {known}, and those of mount(8) itself")
-    return Parsed(MountOptions(**fields), remount, writable, nofail)  # type: ignore[arg-type]
+    options = MountOptions(**fields)  # type: ignore[arg-type]
+    return Parsed(options, remount, writable, nofail, frozenset(fields))
 
 
 def view(text: str) -> str:
