@@ -87,10 +87,14 @@ class MountError(ClipfsError):
     exit_code = 32
 
 
+def printable(text: str) -> str:
+    """A stranger's text for a terminal: what that could take for a command of its own is shown, not sent."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def shown(name: bytes, limit: int = 200) -> str:
     """A file name for a message: printable, quoted, bounded; bytes that are no UTF-8 appear as ``\\xNN``."""
-    text = name.decode("utf-8", "backslashreplace")
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    text = printable(name.decode("utf-8", "backslashreplace"))
     if len(text) > limit:
         text = f"{text[: limit // 2]}…{text[-limit // 2 :]}"
     return f"'{text}'"

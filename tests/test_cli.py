@@ -14,7 +14,9 @@ import pytest
 import clipfs
 from clipfs.cli.main import main
 from tests.conftest import require_root
+from tests.images import LayoutBuilder
 from tests.mounts import BIG, SECONDS, ended, kill, record_of
+from tests.tars import Tar
 
 pytest_plugins = ["tests.mount_fixtures"]
 
@@ -134,6 +136,18 @@ class TestLook:
         assert capsys.readouterr().out.split() == ["big", "bin", "hello", "secret", "usr", "zero"]
         assert main(["ls", str(clip), "bin"]) == 0
         assert capsys.readouterr().out.split() == ["id"]
+
+    def test_a_terminal_gets_no_command_of_a_stranger(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        hostile = "\x1b[2J\x9b2J\n\u202e"
+        (tmp_path / "oci").mkdir()
+        tar = Tar().file(hostile, b"").member("link", typeflag=b"2", link=hostile)
+        layout = LayoutBuilder(tmp_path / "oci").layer(tar)
+        clipfs.build(layout.config(cmd=[hostile], user=hostile).write(), tmp_path / "x.clip")
+        for words in (["ls"], ["ls", "-l"], ["ls", "-R"], ["inspect"]):
+            assert main([words[0], *words[1:], str(tmp_path / "x.clip")]) == 0
+            said = capsys.readouterr().out
+            assert all(character.isprintable() for character in said.replace("\n", ""))
+            assert r"\x1b[2J\x9b2J\n\u202e" in said
 
     def test_ls_in_full(self, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["ls", "-lR", str(clip)]) == 0

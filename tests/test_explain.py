@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import pytest
 import clipfs
 from clipfs import MountOptions
 from clipfs.cli.main import main
+from clipfs.errors import printable
 from clipfs.reports.report import parse
 from tests.conftest import require_root
 from tests.images import LayoutBuilder
 from tests.mounts import BIG, SECONDS, kill, record_of
 from tests.tars import Tar
+from tests.test_page import made
 
 pytest_plugins = ["tests.mount_fixtures"]
 
@@ -54,7 +57,7 @@ class TestMount:
         assert "/big" in [each["path"] for each in facts["files"]]
         assert facts["fetches"][0]["path"] == "/big"
         assert "/big" in text
-        assert text.splitlines()[0].startswith(f"{mountpoint}: oci:")
+        assert text.splitlines()[0].startswith(f"{printable(str(mountpoint))}: oci:")
         assert f"in {facts['counters']['requests']} requests" in text.replace(", in ", " in ")
 
     def test_the_second_mount_finds_it_on_the_disk(
@@ -150,6 +153,19 @@ class TestFailures:
         said = capsys.readouterr().err
         assert words in said
         assert said.count("\n") == 1
+
+
+def test_a_report_of_a_stranger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It lacks what it should have counted, and has names that a terminal would obey."""
+    hostile = "\x1b]0;owned\x07\x9b2J\n\u202e"
+    report = made(path=hostile)
+    report = replace(report, mount=replace(report.mount, source=hostile), counters={}, requests={})
+    (tmp_path / "report").write_text(report.to_json())
+    assert main(["explain", str(tmp_path / "report")]) == 0
+    said = capsys.readouterr().out
+    assert all(character.isprintable() for character in said.replace("\n", ""))
+    assert r"\x1b]0;owned\x07\x9b2J\n\u202e, served by process 1" in said
+    assert "0 attempts failed" in said
 
 
 def test_a_run_keeps_its_report(clip: Path, tmp_path: Path) -> None:

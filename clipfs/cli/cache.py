@@ -12,7 +12,7 @@ from typing import Any
 from clipfs import state
 from clipfs.blocks.disk import DiskCache, Stored
 from clipfs.cli.progress import progress, size
-from clipfs.errors import ClipfsError, FormatError
+from clipfs.errors import ClipfsError, FormatError, printable
 from clipfs.format.index import Index
 from clipfs.mounting.options import byte_count
 
@@ -54,7 +54,7 @@ def _ls(disk: DiskCache) -> tuple[dict[str, Any], str]:
         lines.append(f"  {size(other):>10}  of images whose index is not here")
     if len(images) > 1:
         lines.append("(what images share is counted with each of them)")
-    return facts, "\n".join(lines)
+    return facts, "\n".join(map(printable, lines))
 
 
 def _images(stored: dict[str, Stored]) -> Iterator[dict[str, Any]]:

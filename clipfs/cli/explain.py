@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from clipfs import state
 from clipfs.aside import written_aside
 from clipfs.blocks.counters import Counters
-from clipfs.errors import UsageError
+from clipfs.errors import UsageError, printable
 from clipfs.format.index import Index
 from clipfs.mounting import mountinfo
 from clipfs.reports import reporter
@@ -32,7 +33,7 @@ def explain(args: argparse.Namespace) -> int:
     if args.json:
         print(report.to_json())
     elif args.html is None:
-        print("\n".join(_lines(report)).encode("utf-8", "backslashreplace").decode())
+        print("\n".join(map(printable, _lines(report))))
     return 0
 
 
@@ -63,7 +64,9 @@ def _report(target: str) -> Report:
 
 
 def _lines(report: Report) -> Iterator[str]:
-    mount, counters = report.mount, report.counters
+    mount = report.mount
+    # A report may come from elsewhere, and not have them all.
+    counters, requests = Counter(report.counters), Counter(report.requests)
     state_of_it = f"served by process {mount.pid}" if mount.serving else "no longer served"
     yield f"{mount.mountpoint}: {mount.source}, {state_of_it}, {duration(mount.seconds)}"
     yield verdict(report)
@@ -73,7 +76,6 @@ def _lines(report: Report) -> Iterator[str]:
         f"in {counters['fetches']} ranges"
     )
     yield from _aheads(report)
-    requests = report.requests
     yield (
         f"served      {size(report.bytes_served)}, in {counters['requests']} requests: {requests['memory']} from "
         f"memory, {requests['disk']} from the disk cache, {requests['source']} from the source"

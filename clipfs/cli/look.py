@@ -12,7 +12,7 @@ from typing import Any
 
 from clipfs.cli.options import opened
 from clipfs.cli.progress import size
-from clipfs.errors import UsageError
+from clipfs.errors import UsageError, printable
 from clipfs.format.index import Index, Node
 
 
@@ -23,20 +23,25 @@ def inspect(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts, indent=2))
         return 0
+    for line in _lines(facts):
+        print(printable(line))
+    return 0
+
+
+def _lines(facts: dict[str, Any]) -> Iterator[str]:
     config = facts["config"]
-    print(f"source      {facts['source']}")
-    print(f"manifest    {facts['manifest']}")
-    print(f"platform    {facts['platform']}")
-    print(f"inodes      {facts['inodes']}, {size(facts['data_size'])} of file data")
-    print(f"{'packed' if facts['packed'] else 'index ':12}{size(facts['clip_size'])}, {facts['clip']}")
-    print(f"command     {' '.join(config['entrypoint'] + config['cmd']) or '(none)'}")
-    print(f"user        {config['user'] or 'root'}, in {config['working_dir'] or '/'}")
+    yield f"source      {facts['source']}"
+    yield f"manifest    {facts['manifest']}"
+    yield f"platform    {facts['platform']}"
+    yield f"inodes      {facts['inodes']}, {size(facts['data_size'])} of file data"
+    yield f"{'packed' if facts['packed'] else 'index ':12}{size(facts['clip_size'])}, {facts['clip']}"
+    yield f"command     {' '.join(config['entrypoint'] + config['cmd']) or '(none)'}"
+    yield f"user        {config['user'] or 'root'}, in {config['working_dir'] or '/'}"
     for layer in facts["layers"]:
-        print(
+        yield (
             f"layer       {layer['digest']}  {layer['codec']:4}  {size(layer['size'])} "
             f"-> {size(layer['diff_size'])}, {layer['spans']} spans"
         )
-    return 0
 
 
 def _facts(index: Index) -> dict[str, Any]:
@@ -119,11 +124,7 @@ def _print(index: Index, name: bytes, node: Node, long: bool) -> None:
         line = f"{stat.filemode(node.mode)} {node.nlink:3} {node.uid:5} {node.gid:5} {what:>10} {when} ".encode() + name
         if stat.S_ISLNK(node.mode):
             line += b" -> " + index.readlink(node.nid)
-    # Names are bytes: what a terminal could take for a command of its own is shown, not sent.
-    print(line.decode("utf-8", "backslashreplace").translate(_CONTROLS))
-
-
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), 127)}
+    print(printable(line.decode("utf-8", "backslashreplace")))
 
 
 def _is_device(mode: int) -> bool:

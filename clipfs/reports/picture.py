@@ -122,7 +122,7 @@ def _edges(layer: LayerUse, width: float) -> list[float]:
 
 
 def _boxes(x: float, wide: float, y: float, cell: _Cell, layer: LayerUse, latest: float) -> Iterator[str]:
-    why = "never" if cell.touched is None else cell.touched.why
+    why = "never" if cell.touched is None else escape(cell.touched.why)
     when = 0.0 if cell.touched is None else min(max(0.0, cell.touched.at / latest), 1.0)
     unused = cell.touched is not None and not cell.touched.used
     style = "" if cell.touched is None else f' style="--t:{when:.3f}"'
