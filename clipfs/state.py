@@ -112,6 +112,7 @@ class MountRecord:
 
     process answers for the mount, and all that is kept here about it is named after it; worker answers its requests,
     goes on with that if the other one is killed, and changes. name: what was asked to be mounted. view: kernel or fuse.
+    copy: what is mounted in fact, a copy of the clip's index, whatever becomes of the clip.
     """
 
     process: Process
@@ -122,6 +123,7 @@ class MountRecord:
     name: str = ""
     view: str = ""
     worker: Process | None = None
+    copy: str = ""
 
     @property
     def alive(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -82,6 +83,26 @@ class TestMount:
             mounted.unmount(force=True)
         assert facts["mount"]["serving"] is False
         assert [each["path"] for each in facts["files"]] == ["/hello"]
+
+    def test_whatever_becomes_of_the_clip(
+        self, clip: Path, tmp_path: Path, mountpoint: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Another image is indexed into its file, and then that is deleted."""
+        mine = tmp_path / "mine.clip"
+        shutil.copy(clip, mine)
+        with clipfs.mount(mine, mountpoint):
+            assert (mountpoint / "big").read_bytes() == BIG
+            before = explained(capsys, mountpoint)
+            (tmp_path / "oci").mkdir()
+            clipfs.build(LayoutBuilder(tmp_path / "oci").layer(Tar().file("other", BIG)).config().write(), mine)
+            other = explained(capsys, mountpoint)
+            mine.unlink()
+            gone = explained(capsys, mountpoint)
+        for facts in (other, gone):
+            assert facts["mount"]["clip"] == str(mine)
+            assert {name: facts[name] for name in ("manifest", "layers", "files", "fetches")} == {
+                name: before[name] for name in ("manifest", "layers", "files", "fetches")
+            }
 
     def test_the_source_that_fails(self, tmp_path: Path, mountpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "oci").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,7 +46,9 @@ def _report(target: str) -> Report:
     top = mountinfo.top_at(place)
     for record in state.records():
         if record.mountpoint == place and top is not None and record.device == top.device:
-            with Index.open(record.clip) as index:
+            # The clip may be another one by now, or gone; copies that nobody has used for long are removed.
+            index_path = record.copy if os.path.exists(record.copy) else record.clip
+            with Index.open(index_path, shown=Path(record.clip)) as index:
                 counters = Counters.open(record.counters)
                 try:
                     return reporter.of_mount(index, record, counters.asdict(), serving=record.alive)

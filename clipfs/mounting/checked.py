@@ -41,7 +41,7 @@ _ENDS = {False: ".no-xattrs.clip", True: ".clip"}
 
 
 class Copy(NamedTuple):
-    """An open descriptor of a copy, a path to it, and whether any of its inodes has xattrs."""
+    """An open descriptor of a copy, a path to it for all processes, and whether any of its inodes has xattrs."""
 
     descriptor: int
     path: str
@@ -116,7 +116,7 @@ def _in_memory(source: int, length: int, size: int, clip: Path) -> Copy:
     except BaseException:
         os.close(descriptor)
         raise
-    return Copy(descriptor, f"/proc/self/fd/{descriptor}", xattrs)
+    return Copy(descriptor, f"/proc/{os.getpid()}/fd/{descriptor}", xattrs)
 
 
 def _copy(source: int, target: int, length: int, size: int) -> None:

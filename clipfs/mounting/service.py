@@ -60,7 +60,8 @@ def serve(
         index = stack.enter_context(Index.open(f"/proc/self/fd/{copy.descriptor}", shown=clip))
         source = options.source or index.source
         name = options.name or str(clip)
-        record = MountRecord(Process.current(), mountpoint, str(clip), source, device="", name=name)
+        me = Process.current()
+        record = MountRecord(me, mountpoint, str(clip), source, device="", name=name, copy=copy.path)
         signals = stack.enter_context(held_signals())
         # First the record, then what it tells of: whatever moment we are killed at, `gc` finds the rest.
         record.save()
