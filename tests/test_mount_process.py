@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -45,9 +46,9 @@ def here(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextmanager
-def foreground(here: Path) -> Iterator[subprocess.Popen[str]]:
+def foreground(here: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     """`clipfs mount -f`, that says it is ready."""
-    command = [*CLIPFS, "mount", "-f", "x.clip", "mnt"]
+    command = [*CLIPFS, "mount", "-f", *options, "x.clip", "mnt"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=here) as process:
         try:
             assert process.stderr is not None
@@ -125,6 +126,27 @@ def test_the_service_manager_is_told(here: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}" if abstract else name)
         with foreground(here):
             assert manager.recv(1000).decode() == f"READY=1\nSTATUS={here}/x.clip is mounted on {here}/mnt"
+
+
+def test_its_log_is_where_the_options_say(here: Path) -> None:
+    """What the supervisor says, and its workers; the terminal is told that it is mounted, and of no more than that."""
+    with foreground(here, "-o", f"log={here}/log,log-format=json") as process:
+        clipfs.upgrade("mnt")
+        clipfs.unmount("mnt")
+        assert process.communicate(timeout=SECONDS)[1] == ""
+    said = [json.loads(line) for line in (here / "log").read_text().splitlines()]
+    assert f"{here}/mnt gets a new worker" in [line["message"] for line in said]
+
+
+def test_what_fails_is_told_on_the_terminal_whatever_the_log(here: Path) -> None:
+    done = run(*CLIPFS, "mount", "-f", "x.clip", "mnt", "-o", f"log={here}/log,metrics=192.0.2.1:1")
+    assert done.returncode == 32
+    assert done.stderr.startswith("clipfs: cannot serve metrics at 192.0.2.1:1: ")
+    done = run(*CLIPFS, "mount", "-f", "x.clip", "mnt", "-o", f"log={here}/none/log")
+    assert (done.returncode, done.stderr) == (
+        32,
+        f"clipfs: cannot write to log {here}/none/log: No such file or directory\n",
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

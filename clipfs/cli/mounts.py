@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import TextIO
 
 import assembler
+from clipfs import log as logs
 from clipfs.cli.options import clip_of, containers_dir
 from clipfs.errors import UsageError
-from clipfs.mounting import mounter
+from clipfs.mounting import daemon, mounter
 from clipfs.mounting.daemon import Standby
 from clipfs.mounting.options import MountOptions, byte_count, endpoint, parse, prefetch, report_path
 
@@ -28,12 +33,31 @@ def serve(args: argparse.Namespace) -> int:
     options = mount_options(args, args.options)
     clip, place = clip_of(args), args.directory.absolute()
 
-    def on_ready() -> None:
-        print(f"{clip} is mounted on {place}", file=sys.stderr, flush=True)
-        _notify_manager(f"READY=1\nSTATUS={clip} is mounted on {place}")
+    with _logging(options) as terminal:
 
-    mounter.serve(clip, place, options, on_ready)
+        def on_ready() -> None:
+            print(f"{clip} is mounted on {place}", file=terminal, flush=True)
+            _notify_manager(f"READY=1\nSTATUS={clip} is mounted on {place}")
+
+        mounter.serve(clip, place, options, on_ready)
     return 0
+
+
+@contextmanager
+def _logging(options: MountOptions) -> Iterator[TextIO]:
+    """Meanwhile, have what is logged where and as the options say; what stderr is otherwise."""
+    streams = [os.dup(number) for number in (1, 2)]
+    try:
+        if options.log is not None:
+            daemon.log_to(options.log, options.log_format)
+        elif options.log_format != "text":
+            logs.to_stream(sys.stderr, logging.getLogger().getEffectiveLevel(), form=options.log_format)
+        with open(streams[1], "w", closefd=False) as terminal:
+            yield terminal
+    finally:
+        for number, kept in enumerate(streams, 1):
+            os.dup2(kept, number)
+            os.close(kept)
 
 
 def _notify_manager(state: str) -> None:

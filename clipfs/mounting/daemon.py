@@ -267,7 +267,7 @@ def _serve(orders: int, answers: int, origin: int | None) -> int:
         say("process", {"pid": me.pid, "started": me.started})
         task = json.loads(line)
         options = MountOptions.of_json(task["options"])
-        _log_to(options.log, options.log_format)
+        log_to(options.log, options.log_format)
         service.serve(Path(task["clip"]), task["mountpoint"], options, on_ready, worker, origin)
     except BaseException as error:
         if not isinstance(error, ClipfsError):
@@ -305,7 +305,7 @@ def _let_go_of_parent(keep: set[int]) -> None:
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  for as long as the process lives
 
 
-def _log_to(file: Path | None, form: str) -> None:
+def log_to(file: Path | None, form: str) -> None:
     """Have what is written from now on, here and by workers, in that file, or nowhere."""
     if file is not None:
         try:
