@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from clipfs.cli.main import main
 from clipfs.erofs.structs import (
     BLOCK,
     DEVICE,
@@ -332,6 +333,20 @@ def test_an_entry_that_leads_to_the_wrong_place(honest: bytes, tmp_path: Path, n
         struct.pack_into("<Q", entries, places[name], nid)
 
     assert verdict(tmp_path / "x.clip", dirents_forged(honest, tmp_path, change))
+
+
+def test_a_directory_inside_itself_is_not_listed_for_ever(
+    honest: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nid = nid_of(honest, tmp_path, b"dir")
+
+    def change(entries: bytearray, places: dict[bytes, int]) -> None:
+        struct.pack_into("<Q", entries, places[b"empty"], nid)
+
+    (tmp_path / "x.clip").write_bytes(dirents_forged(honest, tmp_path, change))
+    for place in ("/", "dir"):
+        assert main(["ls", "-R", str(tmp_path / "x.clip"), place]) == 65
+        assert "its directories contain each other" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [b".", b"empty", b"null"])

@@ -89,8 +89,8 @@ def ls(args: argparse.Namespace) -> int:
         if not stat.S_ISDIR(node.mode):
             _print(index, start, node, args.long)
         elif args.recursive:
-            for path, below in _below(index, start, nid):
-                _print(index, path, below, args.long)
+            for path, below in index.walk(start, nid):
+                _print(index, path or b".", below, args.long)
         else:
             for name, child in index.entries(nid):
                 _print(index, name, index.inode(child), args.long)
@@ -103,17 +103,6 @@ def resolve(index: Index, path: str) -> int:
         return index.resolve(path)
     except OSError as error:
         raise UsageError(f"{path} in {index.path}: {error.strerror}") from error
-
-
-def _below(index: Index, start: bytes, nid: int) -> Iterator[tuple[bytes, Node]]:
-    pending = [(start, nid)]
-    while pending:
-        path, at = pending.pop()
-        node = index.inode(at)
-        yield path or b".", node
-        if stat.S_ISDIR(node.mode):
-            prefix = path + b"/" if path else b""
-            pending += [(prefix + name, child) for name, child in reversed(index.entries(at))]
 
 
 def _print(index: Index, name: bytes, node: Node, long: bool) -> None:

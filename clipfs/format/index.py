@@ -200,15 +200,15 @@ class Index:
                 at = found
         return at
 
-    def walk(self) -> Iterator[tuple[bytes, Node]]:
+    def walk(self, path: bytes = b"", nid: int | None = None) -> Iterator[tuple[bytes, Node]]:
         """(path, node) of every name in the image: a directory before what is in it, names in order, hard links each
-        time. Paths do not begin with a slash; the root's is empty.
+        time. Paths do not begin with a slash; the root's is empty. path, nid: begin there, not at the root.
 
         A hostile tree ends in a FormatError after no more steps than an honest one of its size has.
         """
         seen: set[int] = set()
         room = self._tree.size
-        pending = [(b"", self.root)]
+        pending = [(path, self.root if nid is None else nid)]
         while pending:
             path, nid = pending.pop()
             node = self._tree.inode(nid)
