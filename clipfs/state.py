@@ -7,6 +7,7 @@ is its pid *and* its start time, so that a pid used twice is never mistaken for 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from clipfs.errors import ClipfsError
+
+log = logging.getLogger(__name__)
 
 
 def state_dir() -> Path:
@@ -158,7 +161,7 @@ class MountRecord:
 
 
 def records() -> list[MountRecord]:
-    """All records, of living and dead processes."""
+    """All records, of living and dead processes. One that another version has written is left out, with a warning."""
     found = []
     for file in sorted(_mounts_dir().glob("*.json")):
         try:
@@ -167,8 +170,8 @@ def records() -> list[MountRecord]:
             found.append(MountRecord(**{**fields, "process": Process(**fields["process"]), "worker": worker}))
         except FileNotFoundError:
             continue  # ended while we looked
-        except (ValueError, TypeError, KeyError) as error:
-            raise ClipfsError(f"{file} is no mount record of this version of clipfs; remove it") from error
+        except (ValueError, TypeError, KeyError):
+            log.warning("%s is no mount record of this version of clipfs; remove it when that mount is gone", file)
     return found
 
 

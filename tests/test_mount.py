@@ -27,7 +27,9 @@ import clipfs
 from clipfs import FormatError, MountError, MountOptions, UsageError, state
 from clipfs.mounting import daemon, kernel, mountinfo, service, views
 from clipfs.mounting.connection import amended, detached
+from tests.images import LayoutBuilder
 from tests.mounts import BIG, GONE, SECONDS, ended, files, kill, record_of, run
+from tests.tars import Tar
 
 pytest_plugins = ("tests.mount_fixtures",)
 pytestmark = pytest.mark.usefixtures("view", "runtime")
@@ -172,6 +174,34 @@ def test_a_hangup_is_no_reason_to_end(clip: Path, mountpoint: Path) -> None:
     with clipfs.mount(clip, mountpoint) as mounted:
         os.kill(mounted.pid, signal.SIGHUP)
         assert (mountpoint / "hello").read_text() == "hello\n"
+
+
+@pytest.mark.parametrize("xattrs", [{}, {"user.note": b"kept"}])
+def test_one_without_a_record_is_known_by_what_it_is(
+    mountpoint: Path, tmp_path: Path, runtime: Path, xattrs: dict[str, bytes]
+) -> None:
+    (tmp_path / "oci").mkdir()
+    layout = LayoutBuilder(tmp_path / "oci").layer(Tar().member("file", b"", xattrs=xattrs)).config()
+    clipfs.build(layout.write(), tmp_path / "x.clip")
+    mounted = clipfs.mount(tmp_path / "x.clip", mountpoint)
+    for record in runtime.rglob("*.json"):
+        record.unlink()
+    clipfs.unmount(mountpoint)
+    assert ended(mounted.pid)
+    assert mountinfo.top_at(str(mountpoint)) is None
+
+
+def test_a_record_of_another_version_is_left_alone(
+    clip: Path, mountpoint: Path, runtime: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = state.private(state.private(runtime) / "mounts")
+    other = directory / "1-1.json"
+    other.write_text('{"of": "another version"}')
+    with clipfs.mount(clip, mountpoint):
+        assert (mountpoint / "hello").read_text() == "hello\n"
+        assert clipfs.gc() == []
+    assert f"{other} is no mount record of this version of clipfs" in caplog.text
+    other.unlink()
 
 
 def test_what_is_in_use_is_not_unmounted_unless_forced(clip: Path, mountpoint: Path) -> None:

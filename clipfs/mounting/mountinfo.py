@@ -22,8 +22,8 @@ FSTYPE = "fuse.clipfs"
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
 
-# An index that `checked` keeps: the boot that it was made in, and what it is.
-_CHECKED = re.compile(r"/checked/[0-9a-f-]{36}/[0-9a-f]{64}\.clip$")
+# An index that `checked` keeps: the boot that it was made in, what it is, and what is known of it.
+_CHECKED = re.compile(r"/checked/[0-9a-f-]{36}/[0-9a-f]{64}(\.no-xattrs)?\.clip$")
 
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 
