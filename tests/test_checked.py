@@ -112,6 +112,24 @@ def test_copies_of_another_boot_are_not_believed(here: Path) -> None:
     assert not other.exists()
 
 
+def test_copies_of_this_boot_stay_whoever_made_room_for_them(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two first mounts after a boot, one finds the directory that the other one has made since it looked."""
+    with checked(here) as (_, path, _):
+        directory = Path(path).parent
+    (directory / "another").touch()
+    is_dir, too_early = Path.is_dir, [directory]
+
+    def asked(path: Path) -> bool:
+        if path in too_early:
+            too_early.remove(path)
+            return False
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", asked)
+    with checked(here):
+        assert (directory / "another").exists()
+
+
 def test_old_copies_make_room(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is mounted lives on without its name."""
     other, right = write_clip(tmp_path / "other.clip", TreeBuilder().finish()), here.read_bytes()

@@ -153,5 +153,6 @@ def _directory() -> Path:
     directory = parent / boot
     if not directory.is_dir():
         for other in os.scandir(parent):
-            shutil.rmtree(other.path, ignore_errors=True)
+            if other.name != boot:  # somebody else may just have made it
+                shutil.rmtree(other.path, ignore_errors=True)
     return state.private(directory)
