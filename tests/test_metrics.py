@@ -92,7 +92,7 @@ class TestServer:
             with pytest.raises(MountError, match=f"at 127.0.0.1:{port}: Address already in use"), second:
                 pass
 
-    @pytest.mark.parametrize("host", ["192.0.2.1", "nonesuch.invalid"])
+    @pytest.mark.parametrize("host", ["192.0.2.1", "nonesuch.invalid", "a..b", "a" * 64])
     def test_no_address_of_ours(self, host: str) -> None:
         with (
             pytest.raises(MountError, match=f"cannot serve metrics at {host}:0: "),

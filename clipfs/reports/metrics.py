@@ -90,6 +90,8 @@ def served(
         server = kind(place, handler)
     except OSError as error:
         raise MountError(f"cannot serve metrics at {address}: {error.strerror}") from None
+    except UnicodeError:
+        raise MountError(f"cannot serve metrics at {address}: {host} is no name of a host") from None
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), name="clipfs-metrics", daemon=True)
     thread.start()
     try:
