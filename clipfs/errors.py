@@ -87,6 +87,13 @@ class MountError(ClipfsError):
     exit_code = 32
 
 
+def single(error: BaseException) -> BaseException:
+    """What failed one task may have failed several: the first of a group, for one sentence is enough."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 def printable(text: str) -> str:
     """A stranger's text for a terminal: what that could take for a command of its own is shown, not sent."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

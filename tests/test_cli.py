@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,6 +177,19 @@ class TestLook:
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
+def test_a_name_that_the_terminal_cannot_show(clip: Path, tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / os.fsdecode(b"\xff\xc3\xa4.clip")
+    shutil.copy(clip, path)
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(
+        clipfs_command("check", path), capture_output=True, timeout=SECONDS, check=False, env=environment
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    shown = {"utf-8:strict": b"\\udcff\xc3\xa4", "ascii:strict": b"\\udcff\\xe4"}[encoding]
+    assert done.stdout.startswith(os.fsencode(tmp_path) + b"/" + shown + b".clip: good")
 
 
 class TestData:

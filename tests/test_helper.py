@@ -8,6 +8,7 @@ import pytest
 
 import clipfs
 from clipfs import MountOptions, UsageError
+from clipfs.building import builder
 from clipfs.cli import helper
 from clipfs.mounting import mountinfo
 from clipfs.mounting.options import byte_count, parse
@@ -116,6 +117,19 @@ def test_a_mount_that_fails_is_exit_code_32_and_one_sentence(
         assert said.err.startswith("mount.clipfs: ")
         assert said.err.count("\n") == 1
         assert said.out == ""
+
+
+def test_who_interrupts_gets_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also while tasks wait for a registry, which tell of it in a group."""
+
+    def interrupted(*_: object, **__: object) -> Path:
+        raise BaseExceptionGroup("tasks", [KeyboardInterrupt()])
+
+    monkeypatch.setattr(builder, "index_for", interrupted)
+    assert helper.main(["docker://registry.invalid/app", str(tmp_path)]) == 8
+    assert capsys.readouterr().err == "mount.clipfs: interrupted\n"
 
 
 def test_a_remount_is_a_no_op_for_ro_and_refused_for_rw(capsys: pytest.CaptureFixture[str]) -> None:

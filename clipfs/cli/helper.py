@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipfs.errors import ClipfsError, MountError, UsageError
+from clipfs.errors import ClipfsError, MountError, UsageError, single
 from clipfs.mounting import kernel, mountinfo
 from clipfs.mounting.options import MountOptions, Parsed, parse
 
@@ -38,6 +38,7 @@ hands on.
 # The exit code of mount(8), bit by bit.
 _WRONG_USAGE = 1
 _SYSTEM_ERROR = 2
+_INTERRUPTED = 8
 _MOUNT_FAILURE = 32
 
 
@@ -65,13 +66,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(error, _WRONG_USAGE)
     try:
         return _obey(request)
-    except ClipfsError as error:
-        return _failed(error, _MOUNT_FAILURE)
-    except OSError as error:
-        return _failed(error, _SYSTEM_ERROR)
+    except BaseException as error:
+        match single(error):
+            case ClipfsError() as one:
+                return _failed(one, _MOUNT_FAILURE)
+            case OSError() as one:
+                return _failed(one, _SYSTEM_ERROR)
+            case KeyboardInterrupt():
+                return _failed("interrupted", _INTERRUPTED)
+        raise
 
 
-def _failed(error: Exception, code: int) -> int:
+def _failed(error: Exception | str, code: int) -> int:
     print(f"mount.clipfs: {error}", file=sys.stderr)
     return code
 
