@@ -423,12 +423,24 @@ def test_a_cache_directory_of_others_is_refused(clip: Path, mountpoint: Path, tm
         case "foreign":
             os.chown(cache, 1000, 1000)
         case "link":
-            cache.rename(tmp_path / "elsewhere")
-            cache.symlink_to("elsewhere")
-    with pytest.raises(clipfs.ClipfsError, match=f"{cache} must be a directory of uid 0 that nobody else can write"):
+            os.chown(cache, 1000, 1000)
+            cache = tmp_path / "link"
+            cache.symlink_to("spans")
+    with pytest.raises(
+        clipfs.ClipfsError, match=f"{tmp_path / 'spans'} must be a directory of uid 0 that nobody else can write"
+    ):
         clipfs.mount(clip, mountpoint, MountOptions(cache_dir=cache))
     assert mountinfo.top_at(str(mountpoint)) is None
     assert list(cache.iterdir()) == []
+
+
+def test_a_cache_directory_may_be_a_link(clip: Path, mountpoint: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "spans"
+    cache.mkdir()
+    (tmp_path / "link").symlink_to("spans")
+    with clipfs.mount(clip, mountpoint, MountOptions(cache_dir=tmp_path / "link")):
+        assert (mountpoint / "hello").read_text()
+    assert list(cache.iterdir())
 
 
 def test_a_trace_that_is_none_is_an_error(clip: Path, mountpoint: Path, tmp_path: Path) -> None:
