@@ -6,9 +6,11 @@ it: signed query strings, passwords in URLs, and what follows ``Authorization`` 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Self, TextIO
@@ -69,6 +71,12 @@ def to_stream(stream: TextIO, level: int, *, form: str = "text") -> None:
     """Let this process log to `stream`, with times, and nowhere else. form: text, or json for JSON lines."""
     lines = _JsonLines() if form == "json" else _Lines("%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.basicConfig(level=level, handlers=[_handler(stream, level, lines)], force=True)
+
+
+def print_any_name() -> None:
+    """From now on: names are bytes, and not all are of the characters that the terminal has."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def to_terminal(stream: TextIO, level: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from clipfs.building import builder
 from clipfs.cli import helper
 from clipfs.mounting import mountinfo
 from clipfs.mounting.options import byte_count, parse
-from tests.mounts import kill, record_of
+from tests.mounts import SECONDS, kill, record_of
 
 pytest_plugins = ("tests.mount_fixtures",)
 
@@ -136,6 +139,14 @@ def test_a_remount_is_a_no_op_for_ro_and_refused_for_rw(capsys: pytest.CaptureFi
     assert helper.main(["x.clip", "/none", "-o", "remount,ro,noatime"]) == 0
     assert helper.main(["x.clip", "/none", "-o", "remount,rw"]) == 32
     assert "read-only" in capsys.readouterr().err
+
+
+def test_a_name_that_nobody_can_print() -> None:
+    command = [sys.executable, "-m", "clipfs.cli.helper", "x.clip", os.fsdecode(b"/\xff"), "-v", "-o", "remount,ro"]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == b"mount.clipfs: /\\udcff is read-only already\n"
 
 
 @pytest.mark.usefixtures("runtime")

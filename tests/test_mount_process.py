@@ -46,13 +46,14 @@ def here(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextmanager
-def foreground(here: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+def foreground(here: Path, *options: str, clip: str = "x.clip") -> Iterator[subprocess.Popen[str]]:
     """`clipfs mount -f`, that says it is ready."""
-    command = [*CLIPFS, "mount", "-f", *options, "x.clip", "mnt"]
+    command = [*CLIPFS, "mount", "-f", *options, clip, "mnt"]
+    name = clip.encode(errors="backslashreplace").decode()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=here) as process:
         try:
             assert process.stderr is not None
-            assert process.stderr.readline() == f"{here}/x.clip is mounted on {here}/mnt\n"
+            assert process.stderr.readline() == f"{here}/{name} is mounted on {here}/mnt\n"
             yield process
         finally:
             process.terminate()
@@ -147,6 +148,13 @@ def test_what_fails_is_told_on_the_terminal_whatever_the_log(here: Path) -> None
         32,
         f"clipfs: cannot write to log {here}/none/log: No such file or directory\n",
     )
+
+
+def test_in_the_foreground_with_a_name_that_nobody_can_print(here: Path) -> None:
+    clip = os.fsdecode(b"\xff.clip")
+    (here / "x.clip").rename(here / clip)
+    with foreground(here, clip=clip):
+        assert (here / "mnt" / "hello").read_text() == "hello\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

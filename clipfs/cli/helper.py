@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipfs.errors import ClipfsError, MountError, UsageError, single
+from clipfs.log import print_any_name
 from clipfs.mounting import kernel, mountinfo
 from clipfs.mounting.options import MountOptions, Parsed, parse
 
@@ -56,6 +57,7 @@ class _Request:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what mount(8) asks; the exit code is one that it understands."""
+    print_any_name()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(arguments) or not arguments:
         print(_USAGE, end="", file=sys.stdout if arguments else sys.stderr)

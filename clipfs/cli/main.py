@@ -7,7 +7,6 @@ Each command lives in a module of its own that is imported when it runs, so that
 from __future__ import annotations
 
 import argparse
-import io
 import logging
 import os
 import sys
@@ -19,7 +18,7 @@ from typing import NoReturn
 import clipfs
 from clipfs.cli import texts
 from clipfs.errors import ClipfsError, UsageError, single
-from clipfs.log import to_terminal
+from clipfs.log import print_any_name, to_terminal
 
 _log = logging.getLogger(__name__)
 
@@ -48,9 +47,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code is the command's own for ``run`` and the error's kind otherwise."""
     _open_closed_streams()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names are bytes, and not all are of the characters that the terminal has.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    print_any_name()
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _obey(words)

@@ -52,7 +52,7 @@ def _logging(options: MountOptions) -> Iterator[TextIO]:
             daemon.log_to(options.log, options.log_format)
         elif options.log_format != "text":
             logs.to_stream(sys.stderr, logging.getLogger().getEffectiveLevel(), form=options.log_format)
-        with open(streams[1], "w", closefd=False) as terminal:
+        with open(streams[1], "w", closefd=False, errors="backslashreplace") as terminal:
             yield terminal
     finally:
         for number, kept in enumerate(streams, 1):
