@@ -57,14 +57,20 @@ def runtime_spec(
     with opened_root(rootfs) as root:
         user = look_up(root, options.user or config.user)
         volumes = _image_volumes(config, rootfs, root) if options.read_only else []
+    others = _user_mounts(options)
     hostname = options.hostname or (socket.gethostname() if options.network == "host" else container_id)
-    others = [*_name_files(options, hosts), *_user_mounts(options)]
     spec: dict[str, Any] = {
         "ociVersion": "1.0.2",
         "process": _process(config, options, user, hostname),
         "root": {"path": str(rootfs), "readonly": options.read_only},
         "hostname": hostname,
-        "mounts": [*_standard_mounts(), *volumes, *sorted(others, key=_depth)],
+        "mounts": [
+            *_standard_mounts(),
+            *volumes,
+            *_name_files(options, hosts, others),
+            # The last covers what is there, so what lies in another comes after that, however it was said.
+            *sorted(others, key=lambda mount: _place(mount).count("/")),
+        ],
         "linux": _linux(options, container_id),
     }
     if config.stop_signal:
@@ -125,11 +131,17 @@ def _standard_mounts() -> list[dict[str, Any]]:
     ]
 
 
-def _name_files(options: RunOptions, hosts: Path | None) -> list[dict[str, Any]]:
-    files = {path: path for path in _HOST_FILES if Path(path).is_file()}
+def _name_files(options: RunOptions, hosts: Path | None, others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """None where one of the others is mounted: that has its own, or shall have none."""
+    files = {path: (path, "ro") for path in _HOST_FILES if Path(path).is_file()}
     if options.network != "host":
-        files = {"/etc/hosts": str(hosts)} if hosts else {}
-    return [_mount(path, "bind", source, "bind", "rprivate", "ro") for path, source in files.items()]
+        files = {"/etc/hosts": (str(hosts), "rw")} if hosts else {}
+    taken = set(map(_place, others))
+    return [
+        _mount(path, "bind", source, "bind", "rprivate", access)
+        for path, (source, access) in files.items()
+        if taken.isdisjoint((path, posixpath.dirname(path)))
+    ]
 
 
 def _user_mounts(options: RunOptions) -> list[dict[str, Any]]:
@@ -147,10 +159,10 @@ def _user_mounts(options: RunOptions) -> list[dict[str, Any]]:
     return mounts
 
 
-def _depth(mount: dict[str, Any]) -> int:
-    """What comes last covers what is there, so what lies in another mount comes after that, however it was said."""
+def _place(mount: dict[str, Any]) -> str:
+    """Where it is mounted, in the shortest way to say it."""
     destination: str = mount["destination"]
-    return posixpath.normpath(destination).strip("/").count("/")
+    return "/" + posixpath.normpath(destination).lstrip("/")
 
 
 def _image_volumes(config: clipfs.ImageConfig, rootfs: Path, root: int) -> list[dict[str, Any]]:

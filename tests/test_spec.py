@@ -6,7 +6,7 @@ import math
 import socket
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -185,13 +185,15 @@ def test_mounts_in_their_order(root: Path, tmp_path: Path) -> None:
     assert {"nosuid", "noexec", "nodev", "ro"} <= set(by_place["/sys"]["options"])
 
 
-def test_the_hosts_files_in_a_volume(root: Path, tmp_path: Path) -> None:
-    """They lie in it, unless it is one of them."""
-    files = [path for path in ("/etc/hosts", "/etc/resolv.conf") if Path(path).is_file()]
-    order = [each["destination"] for each in spec(root, volumes=(Volume(tmp_path, "/etc/../etc"),))["mounts"]]
-    assert order[-1 - len(files) :] == ["/etc/../etc", *sorted(files, reverse=True)]
-    own = spec(root, volumes=(Volume(tmp_path, "/etc/hosts"),))
-    assert mounts(own)["/etc/hosts"]["source"] == str(tmp_path)
+@pytest.mark.parametrize("network", ["host", "none"])
+@pytest.mark.parametrize("place", ["//etc/../etc", "/etc/hosts"])
+def test_who_brings_his_own_etc_has_no_other(
+    root: Path, tmp_path: Path, network: Literal["host", "none"], place: str
+) -> None:
+    """It may be read-only, and is his: nothing is made in it to be mounted on."""
+    options = RunOptions(command=("true",), network=network, environ={}, volumes=(Volume(tmp_path, place),))
+    found = runtime_spec(CONFIG, options, root, "web", tmp_path / "hosts")["mounts"]
+    assert [each["source"] for each in found if each["destination"] in (place, "/etc/hosts")] == [str(tmp_path)]
 
 
 def test_a_volume_that_does_not_exist(root: Path) -> None:
