@@ -94,7 +94,8 @@ class Keeper:
         while self._backlog > _BACKLOG and not self._hangs:
             with trio.move_on_after(_PATIENCE) as patience:
                 await self._room.wait()
-            if patience.cancelled_caught and not self._hangs:
+            # It may have taken the last of it just now.
+            if patience.cancelled_caught and self._backlog > _BACKLOG and not self._hangs:
                 self._hangs = True
                 log.warning("the cache has taken nothing for %d s: it is left alone until it does", _PATIENCE)
         return True
