@@ -58,7 +58,8 @@ def private(path: Path) -> Path:
     except OSError as error:
         raise ClipfsError(f"cannot use directory {path}: {error.strerror}") from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise ClipfsError(f"{path} must be a directory of uid {os.geteuid()} that nobody else can write to")
+        what = f"must be a directory of uid {os.geteuid()} that nobody else can write to"
+        raise ClipfsError(f"{path} {what}; `chmod go-w` it if it is yours, or name another")
     return path.absolute()
 
 
