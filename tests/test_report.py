@@ -104,6 +104,8 @@ class TestNumbers:
         assert report.fetched_per_served is None
         assert (report.fetches, report.files, report.ahead) == ((), (), {})
         assert verdict(report) == "Nothing was fetched: nobody has read anything."
+        failed = replace(report, requests={**report.requests, "failed": 3})
+        assert verdict(failed) == "Nothing was fetched: 3 requests failed."
 
     def test_who_pulled_what(self, index: Index) -> None:
         layer, a, _ = span_of(index, "a")

@@ -15,9 +15,9 @@ def verdict(report: Report) -> str:
     """A sentence: lazy or not, and what took most if not."""
     share = report.fetched_share or 0.0
     if not report.bytes_fetched:
-        return "Nothing was fetched" + (
-            ": all of it was cached." if report.bytes_served else ": nobody has read anything."
-        )
+        failed = report.requests.get("failed", 0)
+        why = "all of it was cached" if report.bytes_served else "nobody has read anything"
+        return f"Nothing was fetched: {f'{failed} requests failed' if failed else why}."
     if share < _LAZY:
         return f"Lazy: {share:.1%} of the image's bytes were fetched."
     reasons = {why: ahead.bytes for why, ahead in report.ahead.items()}
