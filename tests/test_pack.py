@@ -279,6 +279,7 @@ class TestWhatIsWrong:
             ("IMAGE", "nonesuch/x.clip", "cannot write nonesuch/x.clip: No such file or directory"),
             ("IMAGE", ".", "cannot write .: it is a directory"),
             ("DIRECTORY", "/dev/null", "cannot write /dev/null"),
+            ("DIRECTORY", "x.clip", "x.clip would be in what is packed; name another place with -o"),
         ],
     )
     def test_of_a_call(
@@ -291,6 +292,13 @@ class TestWhatIsWrong:
         assert words in said
         assert said.count("\n") == 1
         assert list(tmp_path.iterdir()) == []
+
+    def test_where_one_stands_is_no_place_for_it(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert main(["pack", "."]) == 2
+        assert f"{tmp_path.name}.packed.clip would be in what is packed" in capsys.readouterr().err
 
     def test_a_file_that_changes_meanwhile(self, root: Path, tmp_path: Path) -> None:
         class Writer:

@@ -19,9 +19,12 @@ def pack(args: argparse.Namespace) -> int:
     target: str = args.target
     if target.endswith(".clip") and "://" not in target and not Path(target).is_file():
         raise UsageError(f"there is no file {target}")
+    output = args.output or Path(_file_name(target))
+    if Path(target).is_dir() and output.absolute().resolve().is_relative_to(Path(target).resolve()):
+        raise UsageError(f"{output} would be in what is packed; name another place with -o")
     report = pack_up(
         target,
-        args.output or Path(_file_name(target)),
+        output,
         platform=platform_of(args),
         progress=progress(),
         access=SourceOptions(name=args.source, insecure=args.insecure, authfile=args.authfile, ca=args.ca),
@@ -37,5 +40,7 @@ def pack(args: argparse.Namespace) -> int:
 
 def _file_name(target: str) -> str:
     """A file name that what is packed suggests, and no index has."""
+    if Path(target).is_dir():
+        target = str(Path(target).resolve())
     last = target.split("@")[0].split("?")[0].rstrip("/").rsplit("/", 1)[-1].removesuffix(".clip")
     return re.sub(r"[^A-Za-z0-9._]+", "-", last).strip("-.") + ".packed.clip"
