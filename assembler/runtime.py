@@ -56,7 +56,10 @@ class Runtime:
         if stdio.console is not None:
             options += ["--console-socket", stdio.console]
         self._call("create", *options, stdio=stdio.child)
-        return int(pid_file.read_text())
+        try:
+            return int(pid_file.read_text())
+        except FileNotFoundError:
+            raise RunError(f"{self.program} has made no container: is it a runtime?") from None
 
     def start(self) -> None:
         """Let the first process execute the command."""

@@ -25,13 +25,14 @@ pytest_plugins = ("tests.mount_fixtures",)
 
 def test_options_that_mean_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = "ro,allow_other,cache=1G,log=my.log,source=oci:/a:b,authfile=/auth.json,ca=ca.pem,insecure,suid,dev,noexec"
+    (tmp_path / "ca.pem").touch()
+    text = "ro,allow_other,cache=1G,log=my.log,source=oci:/a:b,authfile=/dev/null,ca=ca.pem,insecure,suid,dev,noexec"
     assert parse(text).options == MountOptions(
         allow_other=True,
         cache=1 << 30,
         log=tmp_path / "my.log",
         source="oci:/a:b",
-        authfile=Path("/auth.json"),
+        authfile=Path("/dev/null"),
         ca=tmp_path / "ca.pem",
         insecure=True,
         suid=True,
@@ -65,6 +66,12 @@ def test_unknown_or_malformed_options_are_refused(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse(f"ro,{text},noatime")
     assert text.partition("=")[0] in str(caught.value)
+
+
+@pytest.mark.parametrize(("option", "what"), [("ca", "certificates"), ("authfile", "credentials")])
+def test_files_that_are_not_there_are_missed_at_once(option: str, what: str) -> None:
+    with pytest.raises(UsageError, match=f"cannot read {what} from /no/such: No such file or directory"):
+        parse(f"{option}=/no/such")
 
 
 def test_sloppy_forgives_unknown_options_only() -> None:

@@ -223,6 +223,7 @@ class TestImage:
         ("run --runtime crun TREE /etc/passwd", 126, "cannot execute /etc/passwd: open executable: Permission denied"),
         ("run --runtime no-such TREE true", 125, "there is no runtime no-such; install it"),
         ("run --runtime /bin/false TREE true", 125, "false create ended with 1 and did not say why"),
+        ("run --runtime /bin/true TREE true", 125, "true has made no container: is it a runtime?"),
         ("run -u nobody-knows TREE true", 125, "the image has no user 'nobody-knows' in its /etc/passwd"),
         ("run -u app:nothing TREE true", 125, "the image has no group 'nothing' in its /etc/group"),
         ("run --name a/b TREE true", 125, "'a/b' is no name for a container"),
@@ -250,6 +251,7 @@ class TestImage:
         ("run --upper /proc/x TREE true", 125, "/proc/x: No such file or directory"),
         ("run --base /etc/passwd TREE true", 125, "cannot keep containers in /etc/passwd"),
         ("run --platform nonsense oci:CLIP true", 125, "nonsense"),
+        ("run --ca /no/such oci:CLIP true", 125, "cannot read certificates from /no/such: No such file or directory"),
         ("run -e A=\udcff TREE true", 125, "only be told what is UTF-8"),
     ],
 )

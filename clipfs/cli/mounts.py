@@ -18,7 +18,7 @@ from clipfs.cli.options import clip_of, containers_dir
 from clipfs.errors import UsageError
 from clipfs.mounting import daemon, mounter
 from clipfs.mounting.daemon import Standby
-from clipfs.mounting.options import MountOptions, byte_count, endpoint, parse, prefetch, report_path
+from clipfs.mounting.options import MountOptions, byte_count, endpoint, parse, prefetch, readable, report_path
 
 
 def mount(args: argparse.Namespace, standby: Standby) -> int:
@@ -82,8 +82,8 @@ def mount_options(args: argparse.Namespace, text: str) -> MountOptions:
     return replace(
         options,
         source=options.source or args.source,
-        authfile=options.authfile or (args.authfile and args.authfile.absolute()),
-        ca=options.ca or (args.ca and args.ca.absolute()),
+        authfile=options.authfile or (args.authfile and readable(args.authfile, "credentials")),
+        ca=options.ca or (args.ca and readable(args.ca, "certificates")),
         insecure=options.insecure or args.insecure,
         cache_dir=args.cache_dir.absolute() if args.cache_dir else options.cache_dir,
         cache_size=byte_count(args.cache_size, "--cache-size") if args.cache_size else options.cache_size,

@@ -111,8 +111,8 @@ _VALUES: dict[str, Callable[[str], object]] = {
     "report": lambda text: report_path(text),
     "metrics": lambda text: endpoint(text),
     "source": str,
-    "authfile": lambda text: Path(text).absolute(),
-    "ca": lambda text: Path(text).absolute(),
+    "authfile": lambda text: readable(text, "credentials"),
+    "ca": lambda text: readable(text, "certificates"),
     "timeout": lambda text: timeout(text),
 }
 
@@ -184,6 +184,15 @@ def log_format(text: str) -> str:
     if text not in ("text", "json"):
         raise UsageError(f"log-format is text or json, not '{text}'")
     return text
+
+
+def readable(path: str | Path, what: str) -> Path:
+    """A file to be read later, made absolute; UsageError names `what` is in it if it is not there to be read."""
+    try:
+        with open(path, "rb"):
+            return Path(path).absolute()
+    except OSError as error:
+        raise UsageError(f"cannot read {what} from {path}: {error.strerror}") from None
 
 
 def report_path(text: str) -> Path:
