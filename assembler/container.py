@@ -54,7 +54,8 @@ class Container:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 (base / _NEW).rename(base / container_id)
         except OSError as error:
-            raise clipfs.MountError(f"cannot keep containers in {base}: {error.strerror}") from error
+            hint = "; only root can run containers" if os.geteuid() != 0 else ""
+            raise clipfs.MountError(f"cannot keep containers in {base}: {error.strerror}{hint}") from error
         return cls(base, container_id, lock)
 
     @classmethod

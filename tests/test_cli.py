@@ -170,6 +170,9 @@ class TestLook:
             (["ls", "nonesuch.clip"], "clipfs index IMAGE -o nonesuch.clip"),
             (["inspect", __file__], "is not a .clip file"),
             (["check", os.devnull], os.devnull),
+            (["inspect", "--platform", "linux/s390x", "CLIP"], "is of an image for linux/amd64, not for linux/s390x"),
+            (["inspect", ""], "''"),
+            (["inspect", "/etc"], "a layout is named oci:/etc, and a directory to run in"),
         ],
     )
     def test_failures(self, words: list[str], said: str, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:

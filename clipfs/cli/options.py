@@ -18,6 +18,7 @@ def clip_of(args: argparse.Namespace) -> Path:
     target: str = args.target
     path = Path(target)
     if path.is_file():
+        _check_platform(path, platform_of(args))
         return path.absolute()
     # Late: a .clip that is at hand needs neither trio nor a client, which take a third of the time to its first byte.
     from clipfs.building.builder import index_for
@@ -27,7 +28,8 @@ def clip_of(args: argparse.Namespace) -> Path:
     if target.endswith(".clip") and not is_url(target):
         raise UsageError(f"there is no file {target}; make it with `clipfs index IMAGE -o {target}`")
     if path.exists():
-        raise UsageError(f"{target} is no regular file, and no image's name; a layout is named oci:{target}")
+        what = f"; a layout is named oci:{target}, and a directory to run in ./{target}" if path.is_dir() else ""
+        raise UsageError(f"'{target}' is no regular file, and no image's name{what}")
     return index_for(
         target,
         platform=platform_of(args),
@@ -36,6 +38,15 @@ def clip_of(args: argparse.Namespace) -> Path:
         authfile=args.authfile,
         ca=args.ca,
     )
+
+
+def _check_platform(clip: Path, wanted: Platform | None) -> None:
+    """A .clip is of one image, for one platform."""
+    if wanted is not None:
+        with Index.open(clip) as index:
+            found = index.config.platform
+        if index.config.architecture and not wanted.matches(found):
+            raise UsageError(f"{clip} is of an image for {found}, not for {wanted}")
 
 
 @contextmanager
