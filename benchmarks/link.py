@@ -68,11 +68,12 @@ async def _pump(
     async def arrive() -> None:
         async for at, data in wire:
             await trio.sleep_until(at - _EARLY)
+            # Counted first: who has got the last byte may look at once.
+            for counter in counters:
+                counter[:8] = (int.from_bytes(counter[:8], "little") + len(data)).to_bytes(8, "little")
             left = memoryview(data)
             while left:
                 left = left[await target.send(left) :]
-            for counter in counters:
-                counter[:8] = (int.from_bytes(counter[:8], "little") + len(data)).to_bytes(8, "little")
         target.shutdown(socket.SHUT_WR)
 
     async with trio.open_nursery() as nursery, into:
