@@ -179,10 +179,11 @@ def test_a_directory_that_others_can_write_to(
     cache: DiskCache, kept: list[bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache.directory.chmod(0o777)
-    for what in ("ls", "gc", "prune", "verify"):
-        assert main(["cache", what, "--cache-dir", str(cache.directory)]) == 1
-        said = f"{cache.directory} must be a directory of uid {os.geteuid()} that nobody else can write to"
-        assert capsys.readouterr().err == f"clipfs: {said}\n"
+    for verb in ("ls", "gc", "prune", "verify"):
+        assert main(["cache", verb, "--cache-dir", str(cache.directory)]) == 1
+        what = f"must be a directory of uid {os.geteuid()} that nobody else can write to"
+        hint = "`chmod go-w` it if it is yours, or name another"
+        assert capsys.readouterr().err == f"clipfs: {cache.directory} {what}; {hint}\n"
     assert all(file_of(cache, digest).exists() for digest in kept)
 
 
