@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import Any
 
 from clipfs.compression.windows import REACH, SAMPLE, packed, sparse_window, unpacked, window_cost
 from clipfs.errors import ImageError
-from clipfs.format.container import MAX_TAKEN, Span
+from clipfs.format.container import MAX_TAKEN, MadeSpans, Span
 
 # What small reads in sequence are served from.
 _READ = 1 << 20
@@ -59,7 +58,7 @@ class Region:
         return os.pread(self.descriptor, min(self.size - start, count), self.offset + start)
 
 
-class Spans(Sequence[Span]):
+class Spans(MadeSpans):
     """Spans whose windows are compressed until one is asked for: those of an image of 50 GB would take one."""
 
     def __init__(self, packed_spans: list[Span]) -> None:
@@ -69,15 +68,7 @@ class Spans(Sequence[Span]):
     def __len__(self) -> int:
         return len(self._packed)
 
-    @overload
-    def __getitem__(self, number: int) -> Span: ...
-
-    @overload
-    def __getitem__(self, number: slice) -> list[Span]: ...
-
-    def __getitem__(self, number: int | slice) -> Span | list[Span]:
-        if isinstance(number, slice):
-            return [self[each] for each in range(*number.indices(len(self)))]
+    def _made(self, number: int) -> Span:
         span = self._packed[number]
         if span.window is not self._last[0]:
             self._last = span.window, unpacked(span.window)

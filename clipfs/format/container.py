@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from mmap import mmap
-from typing import Self
+from typing import Self, overload
 
 from clipfs.erofs.structs import SUPERBLOCK_OFFSET
 from clipfs.errors import FormatError
@@ -98,6 +99,29 @@ class Span:
     bit: int = 0
     skip: int = 0
     window: bytes = b""
+
+
+class MadeSpans(Sequence[Span]):
+    """Spans that are made when they are asked for, and kept in less room than they take."""
+
+    @abstractmethod
+    def _made(self, number: int) -> Span:
+        """Span `number`, which there is."""
+
+    @overload
+    def __getitem__(self, number: int) -> Span: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[Span]: ...
+
+    def __getitem__(self, number: int | slice) -> Span | list[Span]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        if number < 0:
+            number += len(self)
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return self._made(number)
 
 
 @dataclass(frozen=True, slots=True)

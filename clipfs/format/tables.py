@@ -14,7 +14,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from mmap import mmap
-from typing import overload
 
 import zstandard
 
@@ -31,6 +30,7 @@ from clipfs.format.container import (
     Header,
     Kind,
     Layer,
+    MadeSpans,
     Section,
     Span,
 )
@@ -46,7 +46,7 @@ _ORIGIN = 1
 _LONGEST = (1 << 32) - 1
 
 
-class SpanTable(Sequence[Span]):
+class SpanTable(MadeSpans):
     """The spans of one layer. Indexing decodes a record and decompresses its window; `find` and `bounds` do neither."""
 
     def __init__(
@@ -69,19 +69,7 @@ class SpanTable(Sequence[Span]):
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, number: int) -> Span: ...
-
-    @overload
-    def __getitem__(self, number: slice) -> list[Span]: ...
-
-    def __getitem__(self, number: int | slice) -> Span | list[Span]:
-        if isinstance(number, slice):
-            return [self[each] for each in range(*number.indices(self._count))]
-        if number < 0:
-            number += self._count
-        if not 0 <= number < self._count:
-            raise IndexError(number)
+    def _made(self, number: int) -> Span:
         _, seek, taken, digest = SPAN.unpack_from(self._buffer, self._at + number * SPAN.size)
         position, length = self.bounds(number)
         start, origin, window_at, window_length, bit = self._seek(seek)
