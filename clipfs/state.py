@@ -63,6 +63,11 @@ def private(path: Path) -> Path:
     return path.absolute()
 
 
+def spans_dir(named: Path | None) -> Path:
+    """Where decoded data is kept: what `named` leads to, for it may be a link to a larger disk, or the usual place."""
+    return private(Path(os.path.realpath(named)) if named is not None else cache_dir() / "spans")
+
+
 @dataclass(frozen=True, slots=True)
 class Process:
     """A process for all time: pids come back, a pid with its start time (in clock ticks since boot) does not."""

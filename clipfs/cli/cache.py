@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ def cache(args: argparse.Namespace) -> int:
     limit = byte_count(args.cache_size, "--cache-size") if args.cache_size else None
     if args.cache_dir is not None and not args.cache_dir.is_dir():
         raise ClipfsError(f"there is no directory {args.cache_dir}")
-    directory = state.private(Path(os.path.realpath(args.cache_dir)) if args.cache_dir else state.cache_dir() / "spans")
+    directory = state.spans_dir(args.cache_dir)
     action: Callable[[DiskCache], tuple[dict[str, Any], str]] = _ACTIONS[args.what]
     facts, sentence = action(DiskCache(directory, limit))
     print(json.dumps(facts, indent=2) if args.json else sentence)

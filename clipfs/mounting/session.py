@@ -160,11 +160,9 @@ class _Session:
 def _disk_cache(options: MountOptions, *, founding: bool) -> DiskCache | None:
     """The cache on disk; none, and a warning, for a user who has no place for it. One that was named has to do."""
     try:
-        # Of one that was named, what it leads to counts: it may be a link to a larger disk.
-        named = Path(os.path.realpath(options.cache_dir)) if options.cache_dir is not None else None
-        directory = state.private(named or state.cache_dir() / "spans")
+        directory = state.spans_dir(options.cache_dir)
     except ClipfsError as error:
-        if founding and named is not None:
+        if founding and options.cache_dir is not None:
             raise
         log.warning("there is no cache on disk: %s", error)
         return None
