@@ -14,6 +14,11 @@ import clipfs
 _MAX_HOSTNAME = 64  # HOST_NAME_MAX of Linux
 
 
+def shortest(path: str) -> str:
+    """An absolute path in a container, in the shortest way to say it."""
+    return "/" + posixpath.normpath(path).strip("/")
+
+
 @dataclass(frozen=True, slots=True)
 class Volume:
     """A file or directory of the host that the container sees at `destination`."""
@@ -77,11 +82,11 @@ class RunOptions:
                 raise clipfs.UsageError(f"a {what} is an absolute path inside the container, not '{path}'")
         places = set()
         for what, path in mounted:
-            place = posixpath.normpath(path).strip("/")
-            if not place:
+            place = shortest(path)
+            if place == "/":
                 raise clipfs.UsageError(f"a {what} lies below the root of the container, it cannot replace it")
             if place in places:
-                raise clipfs.UsageError(f"two volumes or tmpfs are to be at /{place} in the container; leave one out")
+                raise clipfs.UsageError(f"two volumes or tmpfs are to be at {place} in the container; leave one out")
             places.add(place)
         if "" in self.required:
             raise clipfs.UsageError("a directory that shall exist needs a name")

@@ -21,7 +21,7 @@ from typing import Any
 import clipfs
 from assembler.beneath import locate, opened_root
 from assembler.command import command, environment, working_directory
-from assembler.options import RunOptions
+from assembler.options import RunOptions, shortest
 from assembler.users import Identity, look_up
 
 _CAPABILITIES = (
@@ -69,7 +69,7 @@ def runtime_spec(
             *volumes,
             *_name_files(options, hosts, others),
             # The last covers what is there, so what lies in another comes after that, however it was said.
-            *sorted(others, key=lambda mount: _place(mount).count("/")),
+            *sorted(others, key=lambda mount: shortest(mount["destination"]).count("/")),
         ],
         "linux": _linux(options, container_id),
     }
@@ -136,7 +136,7 @@ def _name_files(options: RunOptions, hosts: Path | None, others: Sequence[dict[s
     files = {path: (path, "ro") for path in _HOST_FILES if Path(path).is_file()}
     if options.network != "host":
         files = {"/etc/hosts": (str(hosts), "rw")} if hosts else {}
-    taken = set(map(_place, others))
+    taken = {shortest(mount["destination"]) for mount in others}
     return [
         _mount(path, "bind", source, "bind", "rprivate", access)
         for path, (source, access) in files.items()
@@ -157,12 +157,6 @@ def _user_mounts(options: RunOptions) -> list[dict[str, Any]]:
         access = "rro" if volume.read_only else "rw"
         mounts.append(_mount(volume.destination, "bind", str(volume.source), "rbind", "rprivate", access))
     return mounts
-
-
-def _place(mount: dict[str, Any]) -> str:
-    """Where it is mounted, in the shortest way to say it."""
-    destination: str = mount["destination"]
-    return "/" + posixpath.normpath(destination).lstrip("/")
 
 
 def _image_volumes(config: clipfs.ImageConfig, rootfs: Path, root: int) -> list[dict[str, Any]]:
