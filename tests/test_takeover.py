@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -187,6 +188,40 @@ def test_one_that_stands_still_is_replaced(large: Path, content: bytes, mountpoi
         assert (mountpoint / "large").read_bytes() == content
         assert worker_of(mounted) != worker
         assert ended(worker.pid)
+
+
+@pytest.mark.usefixtures("quick")
+def test_one_that_waits_for_a_request_that_was_taken_back_goes_on(
+    large: Path, mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel takes a request back when who made it is killed, even one that a worker was just told of."""
+    gone, turns = tmp_path / "gone", tmp_path / "turns"
+    os.mkfifo(turns)
+    patch_workers(
+        monkeypatch,
+        f"""
+import os
+from clipfs.mounting import loop
+original, waiting = loop._LowLevel.wait_readable, []
+async def wait_readable(self, descriptor):
+    if waiting:
+        os.write(waiting.pop(), b"went on")
+    if os.path.exists({str(gone)!r}):
+        os.unlink({str(gone)!r})
+        waiting.append(os.open({str(turns)!r}, os.O_RDWR))
+        return
+    await original(self, descriptor)
+loop._LowLevel.wait_readable = wait_readable
+""",
+    )
+    options = replace(FRESH, view="fuse")
+    with clipfs.mount(large, mountpoint, options) as mounted, open(turns, "r+b", buffering=0) as pipe:
+        worker = worker_of(mounted)
+        gone.touch()
+        (mountpoint / "none").exists()
+        assert kernel.readable([pipe.fileno()], SECONDS)
+        assert worker_of(mounted) == worker
+        assert (mountpoint / "large").stat().st_size
 
 
 @pytest.mark.usefixtures("quick")

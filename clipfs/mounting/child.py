@@ -13,7 +13,7 @@ from typing import Any
 from clipfs import errors
 from clipfs.errors import ClipfsError, MountError
 from clipfs.mounting import kernel
-from clipfs.mounting.control import Channel, Job
+from clipfs.mounting.control import NUDGE, Channel, Job
 from clipfs.state import Process
 
 # The module that a worker runs.
@@ -91,6 +91,12 @@ class Child:
         if not kernel.readable([self.pidfd], seconds):
             return None
         return self._process.wait()
+
+    def nudge(self) -> None:
+        """If it waits in the kernel for a request that is no more, as who made it was killed, it waits no longer."""
+        # Before it serves, it may not have come to where it expects this.
+        if math.isfinite(self.served_since):
+            self._process.send_signal(NUDGE)
 
     def kill(self) -> None:
         """SIGKILL. Its end is seen at `pidfd`, and frees who waits for its answers if it was the last to be asked."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -17,6 +18,9 @@ from typing import Any, Self
 
 from clipfs.mounting.options import MountOptions
 from clipfs.state import Process
+
+# A supervisor sends it to a worker that is silent: whatever that waits for in the kernel, it shall look around.
+NUDGE = signal.SIGUSR1
 
 _DESCRIPTORS = ("fuse", "index", "clip", "counters", "journal", "log")
 

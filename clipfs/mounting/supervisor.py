@@ -26,8 +26,9 @@ from clipfs.state import MountRecord, answer
 
 log = logging.getLogger(__name__)
 
-# A worker is asked whether it is well every few seconds, and has as long as it may take to decode the largest spans on
-# a machine that is overloaded. Only a loop that does not turn is missed: reads that wait for a network do not stop it.
+# A worker is asked whether it is well every few seconds, and nudged if it was silent. It has as long as it may take to
+# decode the largest spans on a machine that is overloaded. Only a loop that does not turn is missed: reads that wait
+# for a network do not stop it.
 PING_SECONDS, STALL_SECONDS = 5.0, 30.0
 
 # So many in a row that die so soon after they took over are no accident: what they are asked kills them, or they cannot
@@ -170,9 +171,12 @@ class Supervisor:
         if now >= self._times.ping:
             self._times.ping = now + PING_SECONDS
             if self._worker is not None:
-                if now - self._worker.heard > STALL_SECONDS:
+                silent = now - self._worker.heard
+                if silent > STALL_SECONDS:
                     log.error("process %d has not answered for %.0f s", self._worker.process.pid, STALL_SECONDS)
                     self._worker.kill()
+                elif silent > 1.5 * PING_SECONDS:
+                    self._worker.nudge()
                 self._worker.channel.say("ping")
             if self._next is not None and now - self._next.heard > _START_SECONDS:
                 self._next.kill()

@@ -21,7 +21,7 @@ from pathlib import Path
 from clipfs import log as logs
 from clipfs.errors import ClipfsError
 from clipfs.mounting import kernel
-from clipfs.mounting.control import Channel, Job
+from clipfs.mounting.control import NUDGE, Channel, Job
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ def main() -> int:
     # Whoever ends a terminal or types Ctrl-C means the supervisor, who will tell.
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
+    # Unlike one that is ignored, it ends a read(2) with EINTR.
+    signal.signal(NUDGE, lambda *_: None)
     _restrict()
     try:
         # Late: an error in what it brings is told, too. Of what is imported, nothing will ever be garbage.
