@@ -212,6 +212,26 @@ class TestFailover:
         assert await fleet.source.read_range(BLOB, 0, 5) == LAYER[:5]
         assert trio.current_time() - began < 1
 
+    async def test_a_download_that_takes_too_long_ends_where_it_is(self, fleet: Fleet) -> None:
+        def drip(request: Request) -> Reply:
+            whole = ranged(request, LAYER)
+            return Reply(whole.status, whole.body, whole.headers, pieces=20)
+
+        for web in (fleet.first, fleet.second, fleet.main):
+            web.handler = blobs(drip)
+        come = bytearray()
+
+        async def download() -> None:
+            async with open_source(f"{fleet.main.host}/team/app:v1", timeout=0.5) as source:
+                async for chunk in source.stream(BLOB):
+                    come.extend(chunk)
+
+        with pytest.raises(SourceError, match="took too long"):
+            await download()
+        assert LAYER.startswith(come)
+        assert len(come) < BLOB.size
+        assert fleet.asked() == [1, 0, 0]
+
     async def test_the_registrys_word_is_the_last(self, fleet: Fleet) -> None:
         for web in (fleet.first, fleet.second):
             web.handler = lambda request: Reply(404)

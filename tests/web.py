@@ -40,13 +40,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What it answers. cut: the connection ends after so many bytes of the body; hang: it is kept and nothing comes."""
+    """What it answers. cut: the connection ends after so many bytes of the body; hang: it is kept and nothing comes;
+    pieces: how many the body comes in, a tenth of a second apart."""
 
     status: int = 200
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
     cut: int | None = None
     hang: bool = False
+    pieces: int = 1
 
 
 Handler = Callable[[Request], Reply]
@@ -83,7 +85,10 @@ class Web:
                 answer = h11.Response(status_code=reply.status, headers=headers)
                 await stream.send_all(connection.send(answer) or b"")
                 if request.method != "HEAD":
-                    await stream.send_all(connection.send(h11.Data(data=reply.body[: reply.cut])) or b"")
+                    body = reply.body[: reply.cut]
+                    for at in range(0, len(body), size := -(-len(body) // reply.pieces) or 1):
+                        await trio.sleep(0.1 if at else 0)
+                        await stream.send_all(connection.send(h11.Data(data=body[at : at + size])) or b"")
                 if reply.cut is not None:
                     return
                 await stream.send_all(connection.send(h11.EndOfMessage()) or b"")

@@ -163,12 +163,14 @@ class Turns(Generic[S]):
         """Turn to the next server, at once if there is one that has not been asked; or raise what cannot be helped."""
         server = self._queue.pop(0)
         if isinstance(failure, Transient):
-            self._passing = failure
+            self._passing, self._reason = failure, failure.reason
         elif server is self._main:  # what a mirror has not, or does not give, another may
             self._final = failure
         if server is not self._main:
             server.failed()
             _log.warning("%s from mirror %s: %s", self._what, server.host, failure)
+        if trio.current_time() > self.deadline:
+            raise self._final or self.exhausted()
         if not self._queue:
             await self._next_round()
 
@@ -185,7 +187,6 @@ class Turns(Generic[S]):
 
     async def _pause(self, failure: Transient) -> None:
         """Wait before the next round, or raise SourceError if there should be none."""
-        self._reason = failure.reason
         self._rounds += 1
         _log.debug("%s from %s: attempt %d: %s", self._what, self._main.host, self._rounds, failure.reason)
         if failure.pause > _LONGEST_PAUSE:
