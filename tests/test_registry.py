@@ -431,6 +431,11 @@ class TestAnswers:
             with pytest.raises(SourceError, match="ReadTimeout"):
                 _ = [chunk async for chunk in source.stream(BLOB)]
 
+    async def test_a_refusal_without_end_is_one_without_a_reason(self) -> None:
+        async with registry(blobs(lambda _: Reply(500, b" " * 2000, pieces=1000)), timeout=1) as (source, _):
+            with pytest.raises(SourceError, match=r"status 500$"):
+                _ = [chunk async for chunk in source.stream(BLOB)]
+
     async def test_foreign_layers_explain_themselves(self) -> None:
         foreign = Descriptor("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", Digest.of(b""), 9)
         async with registry(content) as (source, _):

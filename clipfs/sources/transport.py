@@ -258,7 +258,10 @@ class Transport:
     async def _refusal(self, response: httpx2.Response, what: str) -> Exception:
         """What an answer without the bytes means."""
         status = response.status_code
-        said = message(await read_up_to(response, MAX_ERROR))
+        said = ""
+        # Without its reason, if that comes byte by byte.
+        with trio.move_on_after(self._deadlines.silence):
+            said = message(await read_up_to(response, MAX_ERROR))
         own = self._own(response.url)
         if status in AGAIN or (not own and status in EXPIRED):
             return Transient(f"it answered with status {status}{said}", wish(response))
