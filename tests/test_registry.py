@@ -414,6 +414,7 @@ class TestAnswers:
         handler = blobs(lambda request: Reply(hang=True) if BLOB.digest.hex in request.path else None)
         monkeypatch.setattr(retry.Deadlines, "silence", 60)
         async with registry(handler, timeout=1.8) as (source, web):
+            await source.image()  # so that the first attempt has a connection
             monkeypatch.setattr(retry.Deadlines, "attempt_for", lambda self, size: 0.1)
             with pytest.raises(SourceError, match="no complete answer within"):
                 await source.read_range(BLOB, 0, 10)
