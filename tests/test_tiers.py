@@ -13,7 +13,7 @@ import pytest
 import trio
 
 import clipfs
-from clipfs.blocks import journal, trace
+from clipfs.blocks import flights, journal, trace
 from clipfs.blocks.ahead import Streams
 from clipfs.blocks.counters import Counters
 from clipfs.blocks.disk import DiskCache
@@ -226,6 +226,21 @@ class TestDisk:
                 assert source.ranges == []
                 claim.release()
         assert len(source.ranges) == 1
+
+    async def test_who_is_stopped_is_waited_for_once(
+        self, images: Callable[[Compression], Image], disk: DiskCache, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And not for each of the spans that it was about to fetch."""
+        monkeypatch.setattr(flights, "_PATIENCE", 1)
+        image = images("gzip")
+        spans = image.index.layers[0].spans
+        claims = [disk.claim(spans.digest(number)) for number in range(len(spans))]
+        async with reading(image, image.source(), disk=DiskCache(disk.directory, 1 << 30)) as reader:
+            with trio.fail_after(8):
+                assert await reader.read(image.start, 4 * MB) == BIG[: 4 * MB]
+        for claim in claims:
+            assert claim is not None
+            claim.release()
 
 
 class TestWrongBytes:

@@ -36,7 +36,7 @@ _ROOMY = 16 << 20
 # empty ones.
 _LEAST = 4 << 10
 
-# Seconds to wait for another process that fetches the same span. It may be slow, or stopped; then both fetch it.
+# Seconds to wait for other processes that fetch the same spans. They may be slow, or stopped; then both fetch them.
 _PATIENCE = 30
 
 
@@ -200,8 +200,9 @@ class Flights:
                 finally:
                     for claim in claims.values():
                         claim.release()
+            patience = trio.current_time() + _PATIENCE
             for flight in others.values():
-                await self._await_other(flight, why)
+                await self._await_other(flight, patience, why)
         except Exception as error:  # noqa: BLE001  raised again by everybody who waits
             self._end(group, error)
         finally:
@@ -236,10 +237,10 @@ class Flights:
         assert self._disk is not None
         return self._disk.read(flight.span.digest, 0, -(-flight.span.length // BLOCK)) or None
 
-    async def _await_other(self, flight: Flight, why: str) -> None:
-        """Somebody else fetches the span: wait until they have, or it is up to us after all."""
+    async def _await_other(self, flight: Flight, patience: float, why: str) -> None:
+        """Somebody else fetches the span: wait until they have, or it is up to us after all; at `patience` it is."""
         assert self._disk is not None
-        with trio.move_on_after(_PATIENCE):
+        with trio.move_on_at(patience):
             await trio.to_thread.run_sync(
                 self._disk.wait, flight.span.digest, abandon_on_cancel=True, limiter=self._waiters
             )
