@@ -415,6 +415,16 @@ class TestBadDisks:
         assert get(cache, digest, 1) in (None, span(1)[1][1])
         keep(cache, 2)
 
+    def test_a_directory_that_is_removed_is_not_made_again(self, cache: DiskCache) -> None:
+        """It would be as the umask has it, which may be open to others, and then nobody could use it."""
+        claim = cache.claim(span(1)[0])
+        keep(cache, 2)
+        subprocess.run(["rm", "-r", cache.directory], check=True)
+        keep(cache, 3)
+        assert not cache.directory.exists()
+        assert claim is not None
+        claim.release()
+
 
 async def test_what_comes_faster_than_it_can_be_compressed_is_written_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

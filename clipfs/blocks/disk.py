@@ -283,7 +283,9 @@ def _write(path: str, pieces: Sequence[bytes]) -> None:
     try:
         descriptor = os.open(path, flags, 0o600)
     except FileNotFoundError:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        # Not the cache's own: whoever has removed that did so on purpose.
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(os.path.dirname(path), 0o700)
         descriptor = os.open(path, flags, 0o600)
     try:
         written = os.pwritev(descriptor, pieces[:_IOV_MAX], 0)
