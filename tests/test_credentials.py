@@ -99,6 +99,13 @@ def test_docker_hub_has_many_names(write: Write, key: str) -> None:
     assert find("docker.io", "library/debian") == Credentials("hub", "p")
 
 
+def test_what_else_a_login_by_browser_leaves_is_not_taken(write: Write) -> None:
+    hub = "https://index.docker.io/v1/"
+    names = {"": "token", "access-token": "access", "refresh-token": "refresh"}
+    write(".docker/config.json", {"auths": {hub + name: auth("u", secret) for name, secret in names.items()}})
+    assert find("docker.io", "library/debian") == Credentials("u", "token")
+
+
 def test_keys_may_be_urls(write: Write) -> None:
     write(".docker/config.json", {"auths": {"https://h:5000/v2/": auth("u", "p")}})
     assert find("h:5000", "app") == Credentials("u", "p")

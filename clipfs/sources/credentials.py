@@ -88,7 +88,8 @@ def _in_config(config: Fields, host: str, repository: str) -> Credentials | None
         if helper and (found := _ask(helper, _HUB_KEY if host in _DOCKER_HUB else host)):
             return found
         auths = config.child("auths")
-        entries = {_bare(key): key for key in auths.value}
+        # Docker's login by browser keeps tokens of its own below the address that the login itself is kept by.
+        entries = {_bare(key): key for key in sorted(auths.value, key=len, reverse=True)}
         for key in keys:
             if key in entries and (found := _entry(auths.child(entries[key]))):
                 return found
