@@ -135,6 +135,13 @@ def test_helpers(write: Write, helper: Callable[[str, str], None]) -> None:
     assert find("docker.io", "x") == Credentials("", "", "https://index.docker.io/v1/")
 
 
+def test_a_helper_for_docker_hub(write: Write, helper: Callable[[str, str], None]) -> None:
+    """Docker itself knows this key only."""
+    helper("hub", """read host; echo "{\\"Username\\": \\"u\\", \\"Secret\\": \\"$host\\"}\"""")
+    write(".docker/config.json", {"credHelpers": {"https://index.docker.io/v1/": "hub"}})
+    assert find("docker.io", "library/debian") == Credentials("u", "https://index.docker.io/v1/")
+
+
 @pytest.mark.parametrize(
     ("script", "word"),
     [("echo 'credentials not found'; exit 1", ""), ("echo '{\"Secret\": [\"s3cret\"]}'", "malformed"),

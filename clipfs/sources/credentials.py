@@ -83,7 +83,7 @@ def _in_config(config: Fields, host: str, repository: str) -> Credentials | None
     """One file's answer. As in Docker, a helper comes before what is written in the file itself."""
     try:
         keys = _keys(host, repository)
-        helpers = config.mapping("credHelpers")
+        helpers = {_bare(key): helper for key, helper in config.mapping("credHelpers").items()}
         helper = next((helpers[key] for key in keys if key in helpers), config.text("credsStore", ""))
         if helper and (found := _ask(helper, _HUB_KEY if host in _DOCKER_HUB else host)):
             return found
