@@ -93,6 +93,18 @@ def test_whoever_reads_our_output_sees_its_end(here: Path) -> None:
         clipfs.unmount("mnt")
 
 
+def test_its_environment_means_what_it_meant_where_it_was_called(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPFS_STATE", "run")
+    monkeypatch.setenv("CLIPFS_CACHE", "cache")
+    assert run(*CLIPFS, "mount", "x.clip", "mnt").returncode == 0
+    assert Path("mnt/big").read_bytes() == BIG
+    assert [record.mountpoint for record in state.records()] == [f"{here}/mnt"]
+    clipfs.unmount("mnt")
+    with foreground(here):
+        assert Path("mnt/big").read_bytes() == BIG
+    assert [path.name for path in (here / "cache").glob("*/*.trace")] != []
+
+
 def test_it_serves_on_when_its_clip_is_deleted_or_replaced(here: Path) -> None:
     with clipfs.mount("x.clip", "mnt"):
         Path("x.clip").unlink()

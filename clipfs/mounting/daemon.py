@@ -33,7 +33,7 @@ from clipfs import errors
 from clipfs import log as logs
 from clipfs.errors import ClipfsError, MountError
 from clipfs.mounting import kernel, mountinfo
-from clipfs.mounting.child import Child, known_error, program
+from clipfs.mounting.child import Child, absolute_paths, known_error, program
 from clipfs.mounting.options import MountOptions
 from clipfs.state import MountRecord, Process, records, remove_files
 
@@ -289,6 +289,7 @@ def _told(error: BaseException) -> tuple[str, str]:
 
 def _let_go_of_parent(keep: set[int]) -> None:
     """Give up what a fork hands down: directory, signal handlers, ways of logging, and every descriptor."""
+    os.environ.update(absolute_paths())
     os.chdir("/")
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
