@@ -456,6 +456,16 @@ class TestAnswers:
             with pytest.raises(SourceError, match=f"^{host} is neither the name of a host nor an address of one$"):
                 await source.image()
 
+    async def test_cookies_are_not_kept(self) -> None:
+        def cookies(request: Request) -> Reply:
+            whole = ranged(request, LAYER)
+            return Reply(whole.status, whole.body, {**whole.headers, "Set-Cookie": f"c{request.headers['range']}=1"})
+
+        async with registry(blobs(cookies)) as (source, web):
+            for start in range(3):
+                assert await source.read_range(BLOB, start, 10) == LAYER[start:10]
+        assert [each for each in web.requests if "cookie" in each.headers] == []
+
     async def test_a_cancelled_reader_leaves_the_source_usable(self) -> None:
         hanging = trio.Event()
         hang = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import ssl
 from collections.abc import Iterable
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 
 import httpcore2
@@ -44,6 +45,8 @@ class Connections:
             trust_env=False,
             timeout=httpx2.Timeout(deadlines.silence, connect=deadlines.connect, pool=None),
             headers=_HEADERS,
+            # None are kept, as docker keeps none: a registry could send more with each answer, without end.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
         )
 
     async def aclose(self) -> None:
