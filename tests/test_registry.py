@@ -340,6 +340,13 @@ class TestRedirects:
                     await source.read_range(BLOB, 0, 10)
         assert storage.requests == []
 
+    async def test_whose_certificate_it_is_that_cannot_be_trusted(self, tmp_path: Path) -> None:
+        async with serving(content, make_certificate(tmp_path)) as storage:
+            handler = blobs(lambda _: Reply(307, b"", {"Location": f"{storage.url}/layer"}))
+            async with registry(handler) as (source, _):
+                with pytest.raises(SourceError, match=f"^the certificate of {storage.host} cannot be trusted"):
+                    await source.read_range(BLOB, 0, 10)
+
     async def test_signatures_stay_out_of_messages(self) -> None:
         async with serving(lambda _: Reply(500)) as storage:
             handler = blobs(lambda _: Reply(307, b"", {"Location": f"{storage.url}/layer?X-Signature=s3cret"}))

@@ -71,13 +71,13 @@ def wish(response: httpx2.Response) -> float:
         return 0.0
 
 
-def translated(error: httpx2.TransportError, host: str) -> Exception:
+def translated(error: httpx2.TransportError) -> Exception:
     """A broken connection as `Transient`; a certificate does not get better by trying again."""
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, ssl.SSLCertVerificationError):
             return SourceError(
-                f"the certificate of {host} cannot be trusted: {link.verify_message}; "
+                f"the certificate of {error.request.url.netloc.decode()} cannot be trusted: {link.verify_message}; "
                 "name the CA that signed it with --ca, or accept any with --insecure"
             )
         link = link.__cause__ or link.__context__

@@ -123,7 +123,7 @@ class Transport:
                 with trio.move_on_after(_CLOSE_SECONDS, shield=True):
                     await response.aclose()
         except httpx2.TransportError as error:
-            raise translated(error, self._host) from error
+            raise translated(error) from error
         finally:
             connections.users -= 1
             if not fine and remember is not None:
@@ -199,7 +199,7 @@ class Transport:
         try:
             return await client.send(client.build_request("GET", url, headers=own), stream=True)
         except httpx2.TransportError as error:
-            raise translated(error, self._host) from error
+            raise translated(error) from error
         except UnicodeError:  # the host of `url`, or of a redirect in the answer, can be none
             raise self._no_address() from None
 
@@ -210,7 +210,7 @@ class Transport:
         try:
             await read_up_to(response, MAX_ERROR)
         except httpx2.TransportError as error:
-            raise translated(error, self._host) from error
+            raise translated(error) from error
         finally:
             with trio.move_on_after(_CLOSE_SECONDS, shield=True):
                 await response.aclose()
@@ -253,7 +253,7 @@ class Transport:
         except (httpx2.InvalidURL, UnicodeError):
             raise SourceError(f"{self._host} names no usable token server") from None
         except httpx2.TransportError as error:
-            raise translated(error, self._host) from error
+            raise translated(error) from error
 
     async def _refusal(self, response: httpx2.Response, what: str) -> Exception:
         """What an answer without the bytes means."""
