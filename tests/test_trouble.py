@@ -329,6 +329,15 @@ def test_retry_after(make: Callable[[], str], least: float) -> None:
     assert least or wished == 0.0
 
 
+def test_retry_after_by_the_clock_of_who_says_it() -> None:
+    import httpx2
+
+    from clipfs.sources.answers import wish
+
+    told = {"Date": "Thu, 01 Jan 2060 00:00:00 GMT", "Retry-After": "Thu, 01 Jan 2060 00:00:03 GMT"}
+    assert wish(httpx2.Response(503, headers=told)) == 3.0
+
+
 async def test_a_busy_registry_is_left_alone_as_long_as_it_wants(autojump_clock: trio.testing.MockClock) -> None:
     """Up to a limit, and not beyond the deadline."""
     for wanted, total, waits in ((10.0, 90.0, True), (16.0, 90.0, False), (10.0, 9.0, False)):

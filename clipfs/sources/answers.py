@@ -66,7 +66,10 @@ def wish(response: httpx2.Response) -> float:
     if text.isascii() and text.isdecimal():
         return float(text[:9])
     try:
-        return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
+        # By the server's clock, if it tells the time: this machine's may be wrong.
+        told = response.headers.get("Date")
+        now = parsedate_to_datetime(told) if told else datetime.now(UTC)
+        return max(0.0, (parsedate_to_datetime(text) - now).total_seconds())
     except (TypeError, ValueError, OverflowError):
         return 0.0
 
