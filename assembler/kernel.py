@@ -107,11 +107,13 @@ def mounts_below(path: Path) -> list[str]:
 def mounts() -> list[Mount]:
     """This process's mount namespace. Touches no file system but /proc."""
     table = []
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        before, _, after = line.partition(b" - ")
-        fields = before.split(b" ")
-        place = _OCTAL.sub(lambda match: bytes((int(match[1], 8),)), fields[4])
-        table.append(Mount(os.fsdecode(place), after.split(b" ")[0].decode(), fields[2].decode()))
+    # Of what ends a line elsewhere, such as CR, any may be in a name.
+    with open("/proc/self/mountinfo", "rb") as lines:
+        for line in lines:
+            before, _, after = line.partition(b" - ")
+            fields = before.split(b" ")
+            place = _OCTAL.sub(lambda match: bytes((int(match[1], 8),)), fields[4])
+            table.append(Mount(os.fsdecode(place), after.split(b" ")[0].decode(), fields[2].decode()))
     return table
 
 

@@ -12,6 +12,7 @@ import stat
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -301,6 +302,23 @@ def test_the_kernel_sees_the_same_mounts(tmp_path: Path) -> None:
             number = int(info.partition("mnt_id:")[2].split()[0])
             expected = next((each for each in table if (each.id, each.mountpoint) == (number, place)), None)
             assert mountinfo.top_at(place) == expected, place
+
+
+def test_a_mountpoint_may_have_any_name(tmp_path: Path) -> None:
+    """In a namespace of its own: what others read on this machine is their affair."""
+    script = """
+        import os, sys
+        from assembler import kernel
+        from clipfs.mounting import mountinfo
+        place = os.fsencode(sys.argv[1]) + b"/" + bytes({*range(1, 256)} - {ord("/")})
+        os.mkdir(place)
+        os.spawnlp(os.P_WAIT, "mount", "mount", "-t", "tmpfs", os.fsdecode(bytes(range(1, 256))), place)
+        entry = mountinfo.top_at(os.fsdecode(place))
+        assert os.fsencode(entry.source) == bytes(range(1, 256)), entry
+        assert kernel.mounts_below(sys.argv[1]) == [os.fsdecode(place)]
+    """
+    done = run("unshare", "--mount", sys.executable, "-c", textwrap.dedent(script), tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_gc_does_not_take_a_new_mount_for_the_dead_one_before_it(clip: Path, mountpoint: Path) -> None:

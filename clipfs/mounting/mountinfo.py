@@ -11,7 +11,6 @@ import errno
 import os
 import re
 import subprocess
-from pathlib import Path
 from typing import NamedTuple
 
 from clipfs.errors import MountError
@@ -51,21 +50,23 @@ class MountEntry(NamedTuple):
 def entries() -> list[MountEntry]:
     """All mounts of this process's mount namespace."""
     found = []
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        # "36 35 98:0 /root /mount/point rw,noatime shared:1 - ext4 /dev/root rw"; there may be any number of tags.
-        before, _, after = line.partition(b" - ")
-        left, right = before.split(b" "), after.split(b" ")
-        found.append(
-            MountEntry(
-                id=int(left[0]),
-                parent=int(left[1]),
-                device=left[2].decode(),
-                mountpoint=_path(left[4]),
-                options=frozenset(left[5].decode().split(",")),
-                fstype=_path(right[0]),
-                source=_path(right[1]),
+    # Of what ends a line elsewhere, such as CR, any may be in a name.
+    with open("/proc/self/mountinfo", "rb") as table:
+        for line in table:
+            # "36 35 98:0 /root /mount/point rw,noatime shared:1 - ext4 /dev/root rw"; there may be any number of tags.
+            before, _, after = line.partition(b" - ")
+            left, right = before.split(b" "), after.split(b" ")
+            found.append(
+                MountEntry(
+                    id=int(left[0]),
+                    parent=int(left[1]),
+                    device=left[2].decode(),
+                    mountpoint=_path(left[4]),
+                    options=frozenset(left[5].decode().split(",")),
+                    fstype=_path(right[0]),
+                    source=_path(right[1]),
+                )
             )
-        )
     return found
 
 
