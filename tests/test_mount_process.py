@@ -243,9 +243,11 @@ def test_twice_in_one_place_is_one_on_the_other(here: Path) -> None:
     assert ended(below.pid)
 
 
-@pytest.mark.parametrize("place", ["mnt", "./mnt/", "link", "mnt/../mnt", "../{}/mnt"])
+@pytest.mark.parametrize("place", ["mnt", "./mnt/", "link", "mnt/../mnt", "../{}/mnt", "below/..", "mnt//."])
 def test_any_name_of_the_place_will_do(here: Path, place: str) -> None:
     Path("link").symlink_to("mnt")
+    Path("mnt/sub").mkdir()
+    Path("below").symlink_to("mnt/sub")
     place = place.format(here.name)
     assert main(["mount", "x.clip", place]) == 0
     assert [record.mountpoint for record in clipfs.mounts()] == [f"{here}/mnt"]

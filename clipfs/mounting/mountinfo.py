@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import subprocess
+from pathlib import Path
 from typing import NamedTuple
 
 from clipfs.errors import MountError
@@ -94,10 +95,10 @@ def covered(mountpoint: str) -> str:
 
 def canonical(path: str | os.PathLike[str]) -> str:
     """`path` as mountinfo spells it. Does not touch the file system mounted there, which may be dead or hung."""
-    whole = os.path.abspath(path)
-    parent, name = os.path.split(whole)
-    place = os.path.join(os.path.realpath(parent), name)
-    return place if top_at(place) else os.path.realpath(whole)
+    # Not abspath: behind a link, ".." leads out of where that leads to.
+    whole = Path(path).absolute()
+    place = os.path.join(os.path.realpath(whole.parent), whole.name)
+    return place if whole.name != ".." and top_at(place) else os.path.realpath(whole)
 
 
 def device_at(mountpoint: str) -> str:
