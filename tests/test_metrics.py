@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -72,6 +73,11 @@ class TestServer:
     def test_no_secret_in_a_label(self) -> None:
         with serving() as port:
             assert ("clipfs_mount_info", (("source", "https://h/x.clip?[redacted]"),)) in scraped(port)
+
+    def test_a_label_that_is_no_text(self) -> None:
+        labels = {"mountpoint": 'a "b"\n\\' + os.fsdecode(b"\xff")}
+        with metrics.served("127.0.0.1:0", lambda: dict.fromkeys(NAMES, 0), 0, labels) as port:
+            assert ("clipfs_mount_info", (("mountpoint", 'a "b"\n\\\\udcff'),)) in scraped(port)
 
     def test_who_says_nothing_holds_up_nobody(self) -> None:
         with serving() as port, socket.create_connection(("127.0.0.1", port), SECONDS) as silent:

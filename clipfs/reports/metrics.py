@@ -44,7 +44,7 @@ class _Counters(Collector):
 
     def collect(self) -> Iterator[Metric]:
         counts = self._read()
-        yield InfoMetricFamily("clipfs_mount", "What is mounted", {k: redacted(v) for k, v in self._labels.items()})
+        yield InfoMetricFamily("clipfs_mount", "What is mounted", {k: _label(v) for k, v in self._labels.items()})
         yield GaugeMetricFamily("clipfs_image_bytes", "Size of all layers, compressed", self._image_bytes)
         requests = CounterMetricFamily("clipfs_requests", "Requests by where the answer came from", labels=["tier"])
         waited = counts["disk_hits"] + counts["source_hits"]
@@ -60,6 +60,11 @@ class _Counters(Collector):
         yield fetched
         for key, name, text in _PLAIN:
             yield CounterMetricFamily(name, text, counts[key])
+
+
+def _label(value: str) -> str:
+    """Paths are bytes, and the format is UTF-8."""
+    return redacted(value).encode(errors="backslashreplace").decode()
 
 
 class _Server(socketserver.ThreadingTCPServer):
