@@ -169,6 +169,13 @@ def test_in_the_foreground_with_a_name_that_nobody_can_print(here: Path) -> None
         assert (here / "mnt" / "hello").read_text() == "hello\n"
 
 
+def test_a_log_has_names_that_nobody_can_print(here: Path) -> None:
+    place = here / os.fsdecode(b"\xff")
+    place.mkdir()
+    with clipfs.mount("x.clip", place, clipfs.MountOptions(log=here / "log")):
+        assert f"serving {here}/x.clip on {here}/\\udcff\n" in (here / "log").read_text()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_under_the_hands_of_readers(here: Path, number: int) -> None:
     with foreground(here) as process:

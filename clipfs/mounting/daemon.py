@@ -303,7 +303,7 @@ def _let_go_of_parent(keep: set[int]) -> None:
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         if descriptor not in {null, *keep} and os.path.exists(f"/proc/self/fd/{descriptor}"):
             os.dup2(null, descriptor)
-    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  for as long as the process lives
+    sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115  it stays, and takes any name
 
 
 def log_to(file: Path | None, form: str) -> None:
