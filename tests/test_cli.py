@@ -265,6 +265,13 @@ class TestMount:
         assert main(["umount", str(mountpoint)]) == 32
         assert capsys.readouterr().err == f"clipfs: there is no clipfs mount on {mountpoint}\n"
 
+    def test_who_starts_it_may_ignore_the_end_of_children(self, clip: Path, mountpoint: Path) -> None:
+        require_root()
+        for words in ((clip, mountpoint), (mountpoint,)):
+            command = ["env", "--ignore-signal=CHLD", *clipfs_command("mount" if len(words) > 1 else "umount", *words)]
+            done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
+            assert (done.returncode, done.stderr) == (0, b"")
+
     def test_an_image_by_name(self, image: str, mountpoint: Path) -> None:
         require_root()
         assert main(["mount", image, str(mountpoint), "-o", "cache=1M"]) == 0

@@ -639,6 +639,20 @@ def test_a_process_of_many_threads_is_not_forked(
             pool.submit(clipfs.mount, clip, mountpoint).result(SECONDS)
 
 
+def test_what_a_program_does_with_signals_is_its_own_affair(clip: Path, mountpoint: Path) -> None:
+    before = [signal.signal(signal.SIGCHLD, signal.SIG_IGN), signal.signal(signal.SIGPIPE, signal.SIG_DFL)]
+    try:
+        mounted = clipfs.mount(clip, mountpoint)
+    finally:
+        signal.signal(signal.SIGCHLD, before[0])
+        signal.signal(signal.SIGPIPE, before[1])
+    with mounted:
+        status = Path(f"/proc/{mounted.pid}/status").read_text()
+        ignored = int(status.partition("SigIgn:")[2].split()[0], 16)
+    assert ignored & 1 << signal.SIGPIPE - 1
+    assert not ignored & 1 << signal.SIGCHLD - 1
+
+
 def test_in_the_foreground_this_process_serves(clip: Path, mountpoint: Path) -> None:
     code = (
         "import sys\n"

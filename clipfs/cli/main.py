@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -47,6 +48,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code is the command's own for ``run`` and the error's kind otherwise."""
     _open_closed_streams()
+    # Who starts us may ignore it, and so would we: then nobody could say how a child has ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     print_any_name()
     words = list(sys.argv[1:] if argv is None else argv)
     try:

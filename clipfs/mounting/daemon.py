@@ -163,7 +163,8 @@ def _fork(orders: int, answers: int, origin: int | None) -> None:
     child = os.fork()
     if child == 0:
         _serve_and_exit(orders, answers, origin)
-    os.waitpid(child, 0)
+    with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored, the kernel has done it
+        os.waitpid(child, 0)
 
 
 def _begin_anew(orders: int, answers: int) -> None:
@@ -292,9 +293,11 @@ def _let_go_of_parent(keep: set[int]) -> None:
     os.environ.update(absolute_paths())
     os.chdir("/")
     signal.set_wakeup_fd(-1)
+    # How a worker has ended must be known, and who does not listen any more is nobody's death.
     for number in signal.valid_signals():
-        if callable(signal.getsignal(number)):
+        if callable(signal.getsignal(number)) or number == signal.SIGCHLD:
             signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     logging.getLogger().handlers[:] = [logging.NullHandler()]
     null = os.open(os.devnull, os.O_RDWR)
