@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -77,6 +78,20 @@ def print_any_name() -> None:
     """From now on: names are bytes, and not all are of the characters that the terminal has."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def complain(sentence: str) -> None:
+    """On stderr. Where nobody takes it, there is still the exit code."""
+    try:
+        print(sentence, file=sys.stderr)
+    except OSError:
+        discard(2)
+
+
+def discard(number: int) -> None:
+    """Nobody takes what is written there any more; the interpreter's last flush must not complain about it."""
+    with open(os.devnull, "wb", buffering=0) as nowhere:
+        os.dup2(nowhere.fileno(), number)
 
 
 def to_terminal(stream: TextIO, level: int) -> None:

@@ -195,6 +195,13 @@ def test_a_name_that_the_terminal_cannot_show(clip: Path, tmp_path: Path, encodi
     assert done.stdout.startswith(os.fsencode(tmp_path) + b"/" + shown + b".clip: good")
 
 
+@pytest.mark.parametrize("stream", [">/dev/full", ">&-"])
+@pytest.mark.parametrize(("words", "code"), [(["umount", "/\udcff"], 32), (["run", "--bogus"], 125)])
+def test_an_error_that_nobody_is_told_has_its_exit_code(words: list[str], code: int, stream: str) -> None:
+    command = ["sh", "-c", f'exec "$@" 2{stream}', "sh", *clipfs_command(*words)]
+    assert subprocess.run(command, timeout=SECONDS, check=False).returncode == code
+
+
 class TestData:
     def test_cat(self, clip: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
         assert main(["cat", str(clip), "/big"]) == 0

@@ -129,6 +129,12 @@ def test_a_mount_that_fails_is_exit_code_32_and_one_sentence(
         assert said.out == ""
 
 
+def test_an_error_that_nobody_is_told_has_its_exit_code() -> None:
+    command = [sys.executable, "-m", "clipfs.cli.helper", "none.clip", "/none"]
+    with open("/dev/full", "wb") as full:
+        assert subprocess.run(command, stderr=full, timeout=SECONDS, check=False).returncode == 32
+
+
 def test_who_interrupts_gets_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

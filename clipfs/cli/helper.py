@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipfs.errors import ClipfsError, MountError, UsageError, single
-from clipfs.log import print_any_name
+from clipfs.log import complain, print_any_name
 from clipfs.mounting import kernel, mountinfo
 from clipfs.mounting.options import MountOptions, Parsed, parse
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(error: Exception | str, code: int) -> int:
-    print(f"mount.clipfs: {error}", file=sys.stderr)
+    complain(f"mount.clipfs: {error}")
     return code
 
 

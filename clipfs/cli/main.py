@@ -19,7 +19,7 @@ from typing import NoReturn
 import clipfs
 from clipfs.cli import texts
 from clipfs.errors import ClipfsError, UsageError, single
-from clipfs.log import print_any_name, to_terminal
+from clipfs.log import complain, discard, print_any_name, to_terminal
 
 _log = logging.getLogger(__name__)
 
@@ -61,12 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say("interrupted")
         return _INTERRUPTED
     except BrokenPipeError:
-        _discard_output()
+        discard(1)
         return _BROKEN_PIPE
     except OSError as error:
         _log.debug("where it came from", exc_info=True)
         _say(f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror or error}")
-        _discard_output()
+        discard(1)
         return _failure(words, _INPUT_OUTPUT)
 
 
@@ -94,24 +94,19 @@ def _open_closed_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
             if number:
-                setattr(sys, ("stdout", "stderr")[number - 1], open(number, "w", closefd=False))  # noqa: SIM115
+                stream = open(number, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
+                setattr(sys, ("stdout", "stderr")[number - 1], stream)
 
 
 def _say(sentence: str) -> None:
     """On stderr, in place of a progress line that may be there."""
-    print(f"{_WIPED if sys.stderr.isatty() else ''}clipfs: {sentence}", file=sys.stderr)
+    complain(f"{_WIPED if sys.stderr.isatty() else ''}clipfs: {sentence}")
 
 
 def _failure(words: Sequence[str], code: int) -> int:
     """The exit code for an error of our own: for ``run`` one that is rarely the command's, as podman has it."""
     running = next((word for word in words if not word.startswith("-")), "") == "run"
     return _NOT_RUN if running and code not in _RUN_CODES else code
-
-
-def _discard_output() -> None:
-    """Nobody takes our output any more; the interpreter's last flush must not complain about it."""
-    with open(os.devnull, "wb", buffering=0) as nowhere:
-        os.dup2(nowhere.fileno(), 1)
 
 
 def _parser() -> argparse.ArgumentParser:
