@@ -264,6 +264,24 @@ def tmpfs(place: Path) -> Iterator[None]:
         assert run("umount", "-l", place).returncode == 0
 
 
+def test_two_that_are_mounted_at_the_same_time_are_told_apart(
+    clip: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attach = kernel.attach
+
+    def attach_with_another(mount: int, place: str) -> None:
+        attach(mount, place)
+        assert run("mount", "-t", "tmpfs", "another", place).returncode == 0
+
+    monkeypatch.setattr(kernel, "attach", attach_with_another)
+    mounted = clipfs.mount(clip, mountpoint)
+    assert run("umount", mountpoint).returncode == 0
+    recorded, seen = record_of(mounted).device, mountinfo.device_at(str(mountpoint))
+    assert run("umount", mountpoint).returncode == 0
+    assert recorded == seen
+    assert ended(mounted.pid)
+
+
 def test_what_is_seen_in_its_place_is_not_unmounted_for_it(clip: Path, tmp_path: Path) -> None:
     """A mount over a directory above hides it, and has one of its own in that place."""
     top, place = tmp_path / "top", tmp_path / "top" / "a"

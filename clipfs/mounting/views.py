@@ -94,7 +94,9 @@ def _fuse(plan: Plan, begin: Callable[[Connection, str], Child], deadline: float
         def attach() -> str:
             if mount is not None:
                 kernel.attach(mount, plan.mountpoint)
-            device = _device(plan.mountpoint)
+                device = _device(mount)
+            else:
+                device = _device_at(plan.mountpoint)
             kernel.set_read_ahead_of(device, _READ_AHEAD)
             return device
 
@@ -128,7 +130,7 @@ def _kernel(plan: Plan, begin: Callable[[Connection, str], Child], deadline: flo
                     log.info("cannot tell the kernel how far to read ahead in %s", plan.mountpoint)
                 with _erofs(plan, data) as erofs:
                     kernel.attach(erofs, plan.mountpoint)
-                return _device(plan.mountpoint)
+                    return _device(erofs)
             finally:
                 os.close(data)
 
@@ -166,7 +168,13 @@ def _erofs_of(source: str, device: str, attributes: int) -> int:
     return kernel.detached("erofs", {"source": source, "device": device, "ro": None}, attributes)
 
 
-def _device(mountpoint: str) -> str:
+def _device(mount: int) -> str:
+    """Of the mount itself: somebody else may have put another one on top of it already."""
+    device = os.fstat(mount).st_dev
+    return f"{os.major(device)}:{os.minor(device)}"
+
+
+def _device_at(mountpoint: str) -> str:
     entry = mountinfo.top_at(mountpoint)
     if entry is None:
         raise MountError(f"mounted on {mountpoint}, but it was unmounted at once")
