@@ -189,6 +189,13 @@ def test_a_report_of_a_stranger(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "0 attempts failed" in said
 
 
+def test_a_report_from_a_pipe() -> None:
+    command = [sys.executable, "-m", "clipfs", "explain", "/dev/stdin"]
+    done = subprocess.run(command, input=made().to_json(), capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "/mnt/<x>: docker://h/app@" in done.stdout
+
+
 def test_a_run_keeps_its_report(clip: Path, tmp_path: Path) -> None:
     """Whatever the container does: this one has no program that could be executed."""
     file = tmp_path / "report.json"

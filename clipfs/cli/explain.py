@@ -15,7 +15,7 @@ from clipfs.errors import UsageError, printable
 from clipfs.format.index import Index
 from clipfs.mounting import mountinfo
 from clipfs.reports import reporter
-from clipfs.reports.report import Report, parse, slowest
+from clipfs.reports.report import MOST_BYTES, Report, parse, slowest
 from clipfs.reports.wording import AHEAD, duration, size, verdict
 
 # Lines of each list on a terminal. The JSON has all.
@@ -58,12 +58,12 @@ def _report(target: str) -> Report:
         raise UsageError(
             f"no clipfs mount of yours is on {target}; what an earlier one did, only a report of it can tell"
         )
+    # Once, for it may be a pipe, and without an end.
     with path.open("rb") as file:
-        if file.read(8) == b"\x89CLIP\r\n\x1a":
-            raise UsageError(
-                f"{target} is an image, which does nothing by itself; name the directory where it is mounted"
-            )
-    return parse(path.read_bytes(), target)
+        raw = file.read(MOST_BYTES + 1)
+    if raw.startswith(b"\x89CLIP\r\n\x1a"):
+        raise UsageError(f"{target} is an image, which does nothing by itself; name the directory where it is mounted")
+    return parse(raw, target)
 
 
 def _lines(report: Report) -> Iterator[str]:

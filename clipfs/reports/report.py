@@ -26,8 +26,8 @@ VERSION = 1
 WHYS = ("read", "ahead", "trace", "all", "cached")
 TIERS = ("memory", "disk", "source")
 
-# What a saved report may have; one of an image of 100 GB with a full journal has half of that.
-_MOST_BYTES = 128 << 20
+#: What a saved report may have; one of an image of 100 GB with a full journal has half of that.
+MOST_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +148,8 @@ class Report:
 def parse(raw: bytes, name: str) -> Report:
     """A report that `Report.to_json` wrote. UsageError if it is none."""
     try:
-        if len(raw) > _MOST_BYTES:
-            raise ValueError(f"it has more than {_MOST_BYTES >> 20} MiB")
+        if len(raw) > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES >> 20} MiB")
         found = json.loads(raw)
         version = found.get("version") if isinstance(found, dict) else None
         if version != VERSION:
@@ -178,7 +178,8 @@ def _load(kind: Any, value: Any, where: str) -> Any:
         return None if value is None else _load(arguments[0], value, where)
     if kind is float and type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e15:
         return float(value)
-    if kind in (int, str, bool) and type(value) is kind:
+    # Counters have 64 bits.
+    if kind in (int, str, bool) and type(value) is kind and (kind is not int or abs(value) < 1 << 64):
         return value
     raise ValueError(f"{where.lstrip('.') or 'it'} is not what it should be")
 
