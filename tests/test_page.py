@@ -138,6 +138,14 @@ class TestPage:
     def test_many_spans_make_no_large_page(self) -> None:
         assert len(page(made(20_000))) < 8 << 20
 
+    def test_nor_do_numbers_that_cannot_be(self) -> None:
+        report = made()
+        far = tuple(
+            replace(report.fetches[0], at=at, took=took) for at, took in [(-1e14, 1e14), (1e14, 1e14), (1e14, 0)]
+        )
+        for fetches in (far, far[:1], far[2:], far[::2]):
+            assert len(page(replace(report, bytes_total=1, fetches=fetches))) < 1 << 20
+
     def test_the_timeline_cuts_what_was_idle(self) -> None:
         shapes = _shapes(timeline(made()))
         assert sum(each.get("class") == "idle" for each in shapes) == 1

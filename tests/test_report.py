@@ -232,6 +232,7 @@ class TestJson:
             ({"mount": None}, "mount is not what it should be"),
             ({"bytes_total": "1"}, "bytes_total"),
             ({"bytes_total": True}, "bytes_total"),
+            ({"bytes_total": 10**400}, "bytes_total"),
             ({"fetched_share": float("inf")}, "fetched_share"),
             ({"layers": [{}]}, r"layers\[0\].digest"),
             ({"fetches": {}}, "fetches"),

@@ -6,6 +6,7 @@ dark; ``--t`` is when a span came, from 0 to 1, for whoever wants to colour by t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -50,7 +51,8 @@ def layer_map(report: Report) -> str:
     """Each layer as a run of boxes, one a span, as wide as it is long; it goes on in the next row."""
     spans = sum(len(layer.starts) for layer in report.layers)
     rows = min(max(1.0, spans / _IN_A_ROW), _ROWS)
-    scale = rows * _WIDTH / max(1, report.bytes_total)
+    # Not the total that a report says: it may come from elsewhere.
+    scale = rows * _WIDTH / max(1, sum(max(0, layer.bytes) for layer in report.layers))
     latest = max((each.at for layer in report.layers for each in layer.touched), default=0.0) or 1.0
     parts, y = [_HATCH], 0.0
     for number, layer in enumerate(report.layers):
@@ -186,11 +188,12 @@ class _Axis:
         busy: list[list[float]] = []
         for fetch in fetches:
             begin = max(0.0, fetch.at - fetch.took)
+            end = max(begin, fetch.at)
             if busy and begin <= busy[-1][1]:
-                busy[-1][1] = max(busy[-1][1], fetch.at)
+                busy[-1][1] = max(busy[-1][1], end)
             else:
-                busy.append([begin, fetch.at])
-        spent = sum(end - begin for begin, end in busy) or 0.001
+                busy.append([begin, end])
+        spent = sum(end - begin for begin, end in busy)
         self._parts: list[list[float]] = []
         for begin, end in busy:
             if self._parts and begin - self._parts[-1][1] <= _IDLE * spent:
@@ -199,7 +202,7 @@ class _Axis:
                 self._parts.append([begin, end])
         # However many pauses there are, they leave room for what is between them.
         self._cut = min(_CUT, _WIDTH / 3 / len(self._parts))
-        shown = sum(end - begin for begin, end in self._parts) or 0.001
+        shown = max(0.001, sum(end - begin for begin, end in self._parts))
         self._scale = (_WIDTH - self._cut * (len(self._parts) - 1)) / shown
         self._step = _round(shown / 8)
 
@@ -220,14 +223,14 @@ class _Axis:
                     f'<rect x="{left:.1f}" y="0" width="{self._cut:.1f}" height="{height:.0f}" class="idle">'
                     f"<title>nothing came for {duration(gap)}</title></rect>"
                 )
-            when = -(-begin // self._step) * self._step
-            while when <= end:
+            # Counted, for a sum may be so large that a step changes nothing.
+            for count in range(math.ceil(begin / self._step), math.floor(end / self._step) + 1):
+                when = count * self._step
                 x = self.at(when)
                 if x - last >= 48 and self.at(end) - x >= 32:
                     yield f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height:.0f}" class="grid"/>'
                     yield f'<text x="{x + 3:.1f}" y="{y + 14:.0f}" class="note">{when:.10g} s</text>'
                     last = x
-                when = round(when + self._step, 9)
 
 
 def _round(step: float) -> float:
