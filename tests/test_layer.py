@@ -6,7 +6,7 @@ import random
 import time
 import tracemalloc
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -241,6 +241,14 @@ class TestHostile:
         raw = many + pax({"uid": "5"}, typeflag=b"g") * 100
         error = refused(lambda: walked(raw, step=len(raw)))
         assert "take more than 4 MiB" in str(error)
+
+    def test_what_global_headers_say_counts_for_each_member(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However little comes of it: here one xattr, said in a thousand ways."""
+        monkeypatch.setattr(bounds, "MAX_METADATA", 4 << 20)
+        ways = product(*[(letter, f"%{ord(letter):x}") for letter in "abcdefghij"])
+        everywhere = pax({f"LIBARCHIVE.xattr.user.{''.join(way)}": "AA" for way in ways}, typeflag=b"g")
+        raw = everywhere + header(b"f") * 100
+        assert "take more than 4 MiB" in str(refused(lambda: walked(raw, step=len(raw))))
 
     def test_long_ways_count_for_the_time_that_they_take(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A part of a name that is one letter costs as much as a whole word."""

@@ -95,6 +95,7 @@ class TarWalk:
         self._offset = 0
         # What is said of the member to come: by all global headers, by its PAX header, by GNU long names.
         self._global: dict[bytes, bytes] = {}
+        self._for_each = 0  # what looking at that counts for
         self._records: dict[bytes, bytes] | None = None
         self._long: dict[bytes, bytes] = {}
         # What comes next if it is no header: an extension's body (type, size) or more of a sparse map.
@@ -255,12 +256,15 @@ class TarWalk:
             # Comments, which is all that most global headers hold, must not take the fast path away.
             found = {key: value for key, value in records(body).items() if is_for_all(key)}
             self._global = {key: value for key, value in (self._global | found).items() if value}
-            self._count(bounds.RECORD * len(self._global), self._name, self._offset)
-            if sum(map(len, self._global)) + sum(map(len, self._global.values())) > MAX_GLOBAL:
+            size = sum(map(len, self._global)) + sum(map(len, self._global.values()))
+            self._for_each = size + bounds.RECORD * len(self._global)
+            self._count(self._for_each, self._name, self._offset)
+            if size > MAX_GLOBAL:
                 raise ImageError(f"what global headers say of all members has more than {MAX_GLOBAL} bytes")
 
     def _member(self, header: Header, offset: int) -> Entry | None:
         """A member from its header and all that was said before it."""
+        self._count(self._for_each, self._name, offset)
         said = self._global | (self._records or {}) | {key: value for key, value in self._long.items() if value}
         self._records, self._long = None, {}
         self._name = true_name(header, said) or said.get(b"path") or header.name
