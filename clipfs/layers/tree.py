@@ -127,7 +127,7 @@ class Tree:
         for siblings, name, member in self._left_out:
             inode = siblings.get(name)
             if inode is not None and is_whiteout(inode.mode, inode.rdev):
-                self._warn(f"device {shown(member.path)} is left out: overlayfs would take 0:0 for a whiteout")
+                self._warn("device {} is left out: overlayfs would take 0:0 for a whiteout", member.path)
                 del siblings[name]
         self._left_out = []
 
@@ -170,12 +170,13 @@ class Tree:
             if known and (plain or not name.startswith(b"user.")):
                 kept[name] = value
             else:
-                self._warn(f"xattr {shown(name)} of {shown(member.path)} is left out: Linux or overlayfs forbids it")
+                self._warn("xattr {} of {} is left out: Linux or overlayfs forbids it", name, member.path)
         return kept
 
-    def _warn(self, sentence: str) -> None:
+    def _warn(self, sentence: str, *names: bytes) -> None:
+        """names: for the braces in the sentence. A long one takes time to be made printable, so only if it is read."""
         if len(self.warnings) < _MAX_WARNINGS:
-            self.warnings.append(sentence)
+            self.warnings.append(sentence.format(*map(shown, names)))
         else:
             self._unsaid += 1
 
