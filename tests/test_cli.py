@@ -14,6 +14,7 @@ import pytest
 
 import clipfs
 from clipfs.cli.main import main
+from tests.clips import TreeBuilder, write_clip
 from tests.conftest import require_root
 from tests.images import LayoutBuilder
 from tests.mounts import BIG, SECONDS, ended, kill, record_of
@@ -159,6 +160,16 @@ class TestLook:
         assert lines["usr/bin/id"].startswith("-rwsr-xr-x")
         assert lines["zero"].split()[4] == "1,5"
         assert "2023-11-14 22:13:20" in lines["hello"]
+
+    def test_ls_shows_a_time_that_no_calendar_has(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """tmpfs keeps any, and who makes a clip can write any."""
+        times = {b"first": -(1 << 63), b"last": (1 << 63) - 1, b"usual": 1}
+        tree = TreeBuilder()
+        for name, seconds in times.items():
+            tree.file(name, mtime_ns=seconds * 10**9)
+        assert main(["ls", "-l", str(write_clip(tmp_path / "x.clip", tree.finish()))]) == 0
+        shown = [line.split()[5:] for line in capsys.readouterr().out.splitlines()]
+        assert shown == [[str(-(1 << 63)), "first"], [str((1 << 63) - 1), "last"], ["1970-01-01", "00:00:01", "usual"]]
 
     @pytest.mark.parametrize(
         ("words", "said"),

@@ -109,11 +109,19 @@ def _print(index: Index, name: bytes, node: Node, long: bool) -> None:
     line = name
     if long:
         what = f"{os.major(node.rdev)},{os.minor(node.rdev)}" if _is_device(node.mode) else str(node.size)
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(node.mtime_ns // 10**9))
-        line = f"{stat.filemode(node.mode)} {node.nlink:3} {node.uid:5} {node.gid:5} {what:>10} {when} ".encode() + name
+        facts = f"{stat.filemode(node.mode)} {node.nlink:3} {node.uid:5} {node.gid:5} {what:>10}"
+        line = f"{facts} {_when(node.mtime_ns // 10**9)} ".encode() + name
         if stat.S_ISLNK(node.mode):
             line += b" -> " + index.readlink(node.nid)
     print(printable(line.decode("utf-8", "backslashreplace")))
+
+
+def _when(seconds: int) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+    except (OSError, OverflowError):
+        # A year that C has no number for: as ls(1) shows it. tmpfs keeps such times, and so do clips of directories.
+        return f"{seconds:19}"
 
 
 def _is_device(mode: int) -> bool:
