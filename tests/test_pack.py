@@ -300,6 +300,21 @@ class TestWhatIsWrong:
         assert main(["pack", "."]) == 2
         assert f"{tmp_path.name}.packed.clip would be in what is packed" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("size", ["256k", "2m"], ids=["no room for the data", "no room for all of it"])
+    def test_a_disk_that_fills_up(self, size: str, root: Path, tmp_path: Path) -> None:
+        small = tmp_path / "small"
+        small.mkdir()
+        (root / "noise").write_bytes(NOISE)
+        layers = LayoutBuilder(tmp_path / "oci").layer(Tar().file("noise", NOISE))
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", small], check=True)
+        try:
+            for source in (root, layers.config().write()):
+                with pytest.raises(ClipfsError, match=f"^cannot write {small}/x.clip: No space left on device$"):
+                    clipfs.pack(source, small / "x.clip")
+            assert list(small.iterdir()) == []
+        finally:
+            subprocess.run(["umount", small], check=True)
+
     def test_a_file_that_changes_meanwhile(self, root: Path, tmp_path: Path) -> None:
         class Writer:
             """Appends to a file as soon as a part of it is read."""

@@ -97,12 +97,12 @@ class _Work:
         """The data goes to a file that has no name, since what comes before it in the clip is known after it."""
         if out.is_dir():
             raise UsageError(f"cannot write {out}: it is a directory")
+        # What is read meanwhile has errors of its own; closing a spool on a full disk writes once more.
         try:
-            spool = tempfile.TemporaryFile(prefix=f".{out.name}.", dir=out.parent)  # noqa: SIM115  closed below
+            with tempfile.TemporaryFile(prefix=f".{out.name}.", dir=out.parent) as spool, Pile(spool) as pile:
+                yield cls(out, spool, pile)
         except OSError as error:
             raise ClipfsError(f"cannot write {out}: {error.strerror}") from error
-        with spool, Pile(spool) as pile:
-            yield cls(out, spool, pile)
 
     def finish(self, inodes: int, parts: Parts, warnings: list[str]) -> PackReport:
         """Write the clip: these sections, the tables, the data."""
