@@ -12,13 +12,16 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
+from isal import isal_zlib
 
-from clipfs.blocks import keeper
+from clipfs.blocks import keeper, opened, store
 from clipfs.blocks.disk import DiskCache, WouldWaitError
 from clipfs.blocks.plan import BLOCK
 from tests.conftest import require_root
@@ -119,6 +122,21 @@ def test_without_waiting(cache: DiskCache) -> None:
     assert get(cache, digest, 0, wait=False) == blocks[0]
 
 
+def test_nobody_else_may_look_into_it(tmp_path: Path) -> None:
+    """Of a private image, or of a file that only some may read. Whatever the umask is."""
+    umask = os.umask(0)
+    try:
+        cache = DiskCache(tmp_path / "new" / "cache", 1 << 30)
+        for _ in range(2):  # the second in a directory that is there
+            cache.trim(0)
+            keep(cache, 1)
+    finally:
+        os.umask(umask)
+    found = [cache.directory, *cache.directory.rglob("*")]
+    assert len(found) == 5, "the directory, one in it with a span, the total, the locks"
+    assert [path for path in found if path.stat().st_mode & 0o077] == []
+
+
 class TestOpenFiles:
     def test_no_more_than_a_share_of_the_limit_is_held(self, tmp_path: Path) -> None:
         """What others evict takes its room until it is closed here."""
@@ -140,6 +158,26 @@ class TestOpenFiles:
             assert 16 <= len(os.listdir("/proc/self/fd")) - before <= (before + 60) // 2
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    def test_after_a_while_it_is_looked_whether_a_file_is_still_there(
+        self, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And noted that it is of use: others decide by that which go first."""
+        now = [1000.0]
+        monkeypatch.setattr(opened, "time", SimpleNamespace(monotonic=lambda: now[0]))
+        digest, blocks = keep(cache, 1)
+        [stored] = cache.stored()
+        assert get(cache, digest, 0) == blocks[0]
+        os.utime(stored.path, (1, 1))
+        assert get(cache, digest, 0) == blocks[0]
+        assert stored.path.stat().st_mtime == 1, "not at each use: that costs time"
+        now[0] += 100
+        assert get(cache, digest, 0) == blocks[0]
+        assert stored.path.stat().st_mtime > 1
+        stored.path.unlink()
+        assert get(cache, digest, 0) == blocks[0], "it is open"
+        now[0] += 100
+        assert get(cache, digest, 0) is None
 
 
 class TestDamage:
@@ -202,6 +240,30 @@ class TestDamage:
             (cache.directory / "total").write_bytes(damage)
             assert cache.trim(1 << 30) == size
 
+    @pytest.mark.parametrize("damage", [b"", b"123", b"\xff" * 8])
+    def test_the_limit_holds_although_the_total_was_lost(self, tmp_path: Path, damage: bytes) -> None:
+        limit = 10 << 20
+        for number in range(15):
+            # Each a process of its own, which has counted nothing before.
+            cache = DiskCache(tmp_path, limit, compress=False)
+            keep(cache, number, 1 << 20)
+            if number == 8:
+                (tmp_path / "total").write_bytes(damage)
+            assert sum(stored.size for stored in cache.stored()) <= limit
+
+    def test_blocks_that_are_whole_but_of_another_length(self, cache: DiskCache) -> None:
+        """A file that says of itself that it is good."""
+        digest, blocks = keep(cache, 1, 2 * BLOCK)
+        other = [blocks[0], blocks[0][:100]]
+        head, *_ = store.pack(digest, [bytes(BLOCK), bytes(BLOCK)], compress=True)
+        _, _, *frames = store.pack(digest, other, compress=True)
+        rows = b"".join(store._ROW.pack(len(frame), isal_zlib.crc32(frame)) for frame in frames)
+        head = head[: store._HEAD.size] + rows
+        [stored] = cache.stored()
+        stored.path.write_bytes(b"".join([head, store._CRC.pack(isal_zlib.crc32(head)), *frames]))
+        assert cache.read(digest, 1, 1) == []
+        assert not stored.path.exists()
+
 
 class TestLimit:
     def test_it_holds_under_churn(self, tmp_path: Path) -> None:
@@ -212,6 +274,16 @@ class TestLimit:
             keep(cache, number, random.Random(number).randrange(1, 2 << 20))
             largest = max(largest, sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*")))
         assert limit * 0.8 < largest < limit * 1.05
+
+    def test_eviction_makes_room_for_many(self, tmp_path: Path) -> None:
+        """Counting anew takes as long as there are files: not for each that is kept."""
+        limit, sizes = 4 << 20, list[int]()
+        cache = DiskCache(tmp_path, limit, compress=False)
+        for number in range(limit // 20_000):
+            keep(cache, number, 20_000)
+            sizes.append(sum(stored.size for stored in cache.stored()))
+        [after] = [after for before, after in pairwise(sizes) if after < before]
+        assert limit * 0.9 < after <= limit * 0.95
 
     def test_the_least_recently_used_goes_first(self, tmp_path: Path) -> None:
         cache = DiskCache(tmp_path, 10 << 20, compress=False)
@@ -301,8 +373,14 @@ class TestClaims:
         cache.trim(1 << 30)
         assert part.exists(), "it may be somebody's who has only just begun"
         os.utime(part, (1, 1))
+        claim = cache.claim(digest)
+        assert claim is not None
+        cache.trim(1 << 30)
+        assert part.exists(), "somebody is still at it"
+        claim.release()
         cache.trim(1 << 30)
         assert not part.exists()
+        assert cache.claim(digest) is not None, "who has removed it holds nothing"
 
 
 def churn(directory: Path, numbers: range, started: Event | None = None) -> None:

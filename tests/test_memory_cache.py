@@ -17,6 +17,18 @@ def test_the_least_recently_used_goes_first() -> None:
     assert [cache.get((0, 0, number)) is not None for number in range(4)] == [True, False, True, True]
 
 
+def test_a_read_counts_also_when_something_new_has_come_since_the_last_one() -> None:
+    cache = MemoryCache(3 * 1500)
+    for number in (0, 1):
+        cache.put((0, 0, number), bytes(1000))
+    cache.get((0, 0, 0))
+    cache.put((0, 0, 2), bytes(1000))
+    cache.get((0, 0, 0))
+    for number in (3, 4):
+        cache.put((0, 0, number), bytes(1000))
+    assert [cache.get((0, 0, number)) is not None for number in range(5)] == [True, False, False, True, True]
+
+
 def test_a_block_twice_counts_once() -> None:
     cache = MemoryCache(10_000)
     cache.put((0, 0, 0), bytes(1000))
