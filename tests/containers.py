@@ -55,7 +55,8 @@ def read_only(directory: Path, at: Path) -> Iterator[Path]:
         subprocess.run(["mount", "-o", "remount,bind,ro", at], check=True)
         yield at
     finally:
-        subprocess.run(["umount", at], check=True)
+        # Lazily: the traceback of a test that fails has files open there.
+        subprocess.run(["umount", "--lazy", at], check=True)
 
 
 @contextlib.contextmanager

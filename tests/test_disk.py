@@ -448,7 +448,8 @@ class TestBadDisks:
         try:
             yield place
         finally:
-            subprocess.run(["umount", place], check=True)
+            # Lazily: the traceback of a test that fails has files open there.
+            subprocess.run(["umount", "--lazy", place], check=True)
 
     def test_full_because_of_others(self, small: Path, caplog: pytest.LogCaptureFixture) -> None:
         cache = DiskCache(small / "cache", 100 << 20, compress=False)

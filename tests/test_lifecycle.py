@@ -215,7 +215,8 @@ def small_disk(place: Path, size: str) -> Iterator[Path]:
     try:
         yield place
     finally:
-        subprocess.run(["umount", place], check=True)
+        # Lazily: the traceback of a test that fails has files open there.
+        subprocess.run(["umount", "--lazy", place], check=True)
 
 
 def fill(disk: Path) -> Path:
