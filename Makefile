@@ -7,6 +7,8 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS   += --no-builtin-rules --no-print-directory
 .DELETE_ON_ERROR:
+# Two pips at once would take apart what each other installs.
+.NOTPARALLEL:
 .DEFAULT_GOAL := help
 .PHONY: help setup run demo test lint fuzz soak bench clean
 
@@ -82,14 +84,18 @@ if [ -n "$$missing" ]; then \
     echo "setup: installing $$missing"; \
     export DEBIAN_FRONTEND=noninteractive; \
     apt-get update -qq; \
-    apt-get install -y -qq --no-install-recommends $$missing > .apt.log 2>&1 || { cat .apt.log >&2; exit 1; }; \
-    rm -f .apt.log; \
+    mkdir -p .cache; \
+    apt-get install -y -qq --no-install-recommends $$missing > .cache/apt.log 2>&1 || { cat .cache/apt.log >&2; exit 1; }; \
 fi
 endef
 
 $(VENV)/.installed: pyproject.toml $(SYSTEM)
 	@echo 'setup: python environment in $(VENV)'
-	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
+	@# pip comes last: without it, somebody interrupted this.
+	@[ -x $(VENV)/bin/pip ] || { \
+	    $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make setup: $(PYTHON) is older than 3.11; name another: make setup PYTHON=...")'; \
+	    $(PYTHON) -m venv $(VENV); \
+	}
 	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
