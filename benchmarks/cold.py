@@ -102,7 +102,8 @@ def starting_cold(workload: Workload) -> Section:
         f"An image of {report.compressed / 1e6:.0f} MB in Debian's docker-registry, behind a link with a round trip of "
         f"{1000 * ROUND_TRIP:.0f} ms; the kernel's caches dropped before each start (`sync`, then 3 into "
         "`/proc/sys/vm/drop_caches`). *First*: the index is at hand, clipfs' own cache is empty. *With a trace*: the "
-        "same, but an earlier run has left its trace. *Again*: what was read is in the disk cache. The last column is "
+        "same, but an earlier run has left its trace and a checked copy of the index. *Again*: what was read is in the "
+        "disk cache. The last column is "
         f"the share of the image's compressed bytes. One round at {number(SLOW / 1e6)} MB/s, "
         f"{min(3, workload.size.rounds)} at {number(FAST / 1e6)} MB/s. {_of_ratarmount(beside)}"
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from benchmarks.measure import CLIPFS, Row, number, table
 
 _OUT_OF_REACH = """\
-Not even the kernel's own file systems (native EROFS, ext4, squashfs, the unpacked tree) meet these in this run; nor,
+Not even the kernel's own file systems (native EROFS, ext4, squashfs) meet these, on the same tree in the same run; nor,
 for the FUSE view, a bare loop in Python that answers from the same index and does nothing else, or pyfuse3 with a
 handler that does nothing at all. The last column has the fastest of them. In warm rows every peer is answered from the
 kernel's cache of names and attributes, and whose file system it is makes little difference."""

@@ -139,8 +139,9 @@ def mounting(workload: Workload) -> Section:
         for how in ("command", "library")
     ]  # fmt: skip
     text = (
-        "From the call to a listing of the root directory, all caches dropped before. *Library*: `clipfs.mount()` in a "
-        "Python process that is already there."
+        "From the call to a listing of the root directory, all of the kernel's caches dropped before; the first round "
+        "has left clipfs a checked copy of the index. *Library*: `clipfs.mount()` in a Python process that is already "
+        "there."
     )
     return Section.of("Mounting", text, rows)
 

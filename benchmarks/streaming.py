@@ -30,8 +30,9 @@ def streaming(workload: Workload) -> Section:
     text = (
         f"`cp` of a file of {workload.size.big / 1e6:,.0f} MB to `/dev/null` from a fresh mount with empty caches (the "
         "kernel's by `sync`, then 3 into `/proc/sys/vm/drop_caches`), over links with a round trip of "
-        f"{1000 * ROUND_TRIP:.0f} ms; beside curl, which downloads the whole layer and throws it away. For every "
-        f"100 MB the link itself took so much of a core: {', '.join(links)}. {workload.size.large} rounds."
+        f"{1000 * ROUND_TRIP:.0f} ms; beside curl, which downloads the whole layer and throws it away. Of clipfs only "
+        "those bytes count that the file is in, and no others that it may have fetched. For every 100 MB the link "
+        f"itself took so much of a core: {', '.join(links)}. {workload.size.large} rounds."
     )
     outcomes = [as_fast(row, DOWNLOAD, 0.9, _WHY) for row in rows]
     return Section.of("Streaming over a link", text, rows, outcomes)
@@ -43,17 +44,18 @@ def _over(workload: Workload, speed: float) -> tuple[Row, float]:
     mountpoint.mkdir()
     with linked(workload, clip, speed) as (link, source, blob):
         with clipfs.Index.open(clip) as index:
-            size = index.layers[0].size
+            size, needed = index.layers[0].size, _needed(index)
 
         def by_clipfs() -> float:
             forget()
             drop_caches()
             with clipfs.mount(clip, mountpoint, clipfs.MountOptions(source=source)):
-                before, started = link.received, time.perf_counter()
+                started = time.perf_counter()
                 run("cp", mountpoint / BIG, "/dev/null")
-                return (link.received - before) / 1e6 / (time.perf_counter() - started)
+                return needed / 1e6 / (time.perf_counter() - started)
 
         def by_download() -> float:
+            drop_caches()  # of the registry, too, which has to read what it sends
             started = time.perf_counter()
             run("curl", "--silent", "--fail", "--output", "/dev/null", blob)
             return size / 1e6 / (time.perf_counter() - started)
@@ -64,6 +66,15 @@ def _over(workload: Workload, speed: float) -> tuple[Row, float]:
         link_seconds = (_busy(link) - busy) / link.received * 1e8
     mountpoint.rmdir()
     return Row(what, "MB of the layer/s", samples, DOWNLOAD, "read over a link", _WHY), link_seconds
+
+
+def _needed(index: clipfs.Index) -> int:
+    """Bytes of the layer that the file is in. What else came over the link, or came twice, is no merit."""
+    node = index.inode(index.resolve(BIG))
+    [(_, layer, offset, length)] = index.extents(node.address, node.size)
+    spans = index.layers[layer].spans
+    first, last = (spans[spans.find(at)] for at in (offset, offset + length - 1))
+    return last.end - first.start
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
@@ -16,10 +17,13 @@ from pathlib import Path
 
 import pytest
 
+import clipfs
 from benchmarks import __main__ as benchmarks
-from benchmarks import goals, link, measure, programs, report, starting
+from benchmarks import goals, link, measure, programs, report, starting, streaming
 from benchmarks.measure import CLIPFS, Row, Section
-from benchmarks.workload import Demo, Size, prepare
+from benchmarks.peers import IN_KERNEL
+from benchmarks.raw_loop import BARE, EMPTY
+from benchmarks.workload import BIG, Demo, Size, prepare
 from tests.conftest import require, require_programs, require_root
 from tests.images import LayoutBuilder
 from tests.tars import Tar
@@ -131,6 +135,22 @@ def test_every_goal_is_in_the_summary_and_says_why_it_is_missed(sections: list[S
         "217 MB",
     ):
         assert goal in wanted
+
+
+def test_out_of_reach_is_what_those_miss_that_the_page_names(sections: list[Section]) -> None:
+    """Somebody who has the tree in another form, or on another disk, shows nothing."""
+    named = {"–", *IN_KERNEL, BARE, EMPTY}
+    for outcome in (outcome for section in sections for outcome in section.outcomes):
+        assert outcome.evidence.partition(" has ")[0] in named, outcome
+
+
+def test_of_a_stream_only_those_bytes_count_that_the_file_is_in(tmp_path: Path) -> None:
+    """However much else is fetched for it, or twice."""
+    tar = Tar().file("before", os.urandom(9 << 20)).file(BIG, os.urandom(3 << 20)).file("behind", os.urandom(5 << 20))
+    clip = tmp_path / "x.clip"
+    clipfs.build(LayoutBuilder(tmp_path / "oci").layer(tar).write(), clip)
+    with clipfs.Index.open(clip) as index:
+        assert 3 << 20 < streaming._needed(index) < 5 << 20
 
 
 def test_memory_is_sampled_over_time(sections: list[Section]) -> None:
