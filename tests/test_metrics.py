@@ -84,6 +84,12 @@ class TestServer:
             silent.sendall(b"GET /metr")
             assert scraped(port)
 
+    def test_nor_does_his_connection_last(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(metrics, "_SECONDS", 0.2)
+        with serving() as port, socket.create_connection(("127.0.0.1", port), SECONDS) as silent:
+            silent.sendall(b"GET /metr")
+            assert silent.recv(1) == b""
+
     def test_it_ends(self) -> None:
         with serving() as port:
             pass

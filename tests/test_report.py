@@ -24,6 +24,7 @@ from clipfs.reports.report import Ahead, FileUse, Mounted, Report, Said, Touched
 from clipfs.reports.wording import duration, size, verdict
 from clipfs.sources.fetcher import SourceOptions
 from clipfs.sources.packed import fetcher_for
+from clipfs.state import MountRecord, Process
 from tests.images import LayoutBuilder
 from tests.tars import Tar
 
@@ -178,6 +179,24 @@ class TestNumbers:
         assert report.layers[1].touched == (Touched(0, "cached", 0.6, True),)
         assert [len(each.starts) for each in report.layers] == [len(each.spans) for each in index.layers]
         assert report.layers[0].fetched_bytes == 1000
+
+    def test_bytes_are_those_of_the_layer(self, index: Index) -> None:
+        report = made(index, fetch(0.2, 0, 0, 0), fetch(0.3, 1, 0, 0), fetch(0.4, 1, 0, 0))
+        assert [each.fetched_bytes for each in report.layers] == [1000, 2000]
+
+    def test_a_mount_by_its_record(self, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+        source = "https://user:s3cret@host/x.clip?sig=s3cret"
+        record = MountRecord(Process.current(), "/mnt", "/x.clip", source, device="")
+        try:
+            record.journal.write_text(json.dumps(fetch(1.5, 0, 0, 0)) + "\n")
+            whole = reporter.of_mount(index, record, counted(), serving=True)
+            monkeypatch.setattr(journal, "MOST", 10)
+            cut_short = reporter.of_mount(index, record, counted(), serving=True)
+        finally:
+            record.remove()
+        assert "s3cret" not in whole.to_json()
+        assert len(whole.fetches) == 1
+        assert (whole.journal_complete, cut_short.journal_complete) == (True, False)
 
     def test_what_took_longest(self, index: Index) -> None:
         report = made(index, *(fetch(number, 1, 0, 0, took=number % 7) for number in range(20)))
