@@ -33,6 +33,9 @@ _FAILED = pytest.StashKey[bool]()
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
+# What an image does not describe, its judges make as the umask has it, and other users may look into what we make.
+os.umask(0o022)
+
 
 def require(capability: bool, what: str) -> None:
     """Skip the test unless the machine can do `what`; in CI, fail it."""

@@ -479,6 +479,7 @@ _GOOD = [Span(0, 10, 0, 5, bytes(32)), Span(10, 20, 5, 5, bytes(32))]
         (Codec.GZIP, []),
         (Codec.GZIP, _GOOD[1:]),
         (Codec.GZIP, _GOOD[::-1]),
+        (Codec.GZIP, [replace(_GOOD[0], start=5), replace(_GOOD[1], start=0)]),
         (Codec.GZIP, [*_GOOD, Span(20, 20, 10, 1, bytes(32))]),
         (Codec.GZIP, [_GOOD[0], replace(_GOOD[1], position=0)]),
         (Codec.GZIP, [_GOOD[0], replace(_GOOD[1], position=2**62)]),
