@@ -90,12 +90,13 @@ def run_in(
             with streams, _created(container, runtime, streams, words[0]) as process:
                 _end_early(events)
                 runtime.start()
+                # Whatever fails from here on: what it has written is its user's.
+                container.keep = not options.remove
                 _log.info("container is now running container_id=%s", container.id)
                 on_started(process.pid)
                 code = process.attend(events, streams, _stop_signal(config))
     except _Interrupted as ended:
         code = ended.code
-    container.keep = not options.remove
     return code
 
 

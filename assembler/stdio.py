@@ -17,7 +17,7 @@ import tty
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 # A pipe holds this much, so larger reads return no more.
 _PIECE = 64 << 10
@@ -86,7 +86,7 @@ class Stdio:
         if self._input is not None:
             if self._master is not None and os.isatty(0):
                 # Now each key, Ctrl-C too, is the container's terminal's to understand.
-                self._undo.callback(termios.tcsetattr, 0, termios.TCSADRAIN, termios.tcgetattr(0))
+                self._undo.callback(_set_back, termios.tcgetattr(0))
                 tty.setraw(0, termios.TCSADRAIN)
             self._start_input(self._input)
             self._input = None
@@ -166,6 +166,12 @@ class _Output(threading.Thread):
         os.close(self._source)
         self.ended = True
         self._on_end()
+
+
+def _set_back(mode: list[Any]) -> None:
+    """Give our terminal its mode back; there is none any more if its window was closed."""
+    with contextlib.suppress(termios.error):
+        termios.tcsetattr(0, termios.TCSADRAIN, mode)
 
 
 def _pass_input(target: int, stop: int, at_end: bytes) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import pytest
 
+import assembler
 from clipfs.cli.main import main
 from clipfs.mounting import mounter
 from tests.conftest import require_programs
@@ -206,14 +207,14 @@ class TestSignals:
 class Terminal:
     """A terminal with the command on it, as a person has one: what is typed, and what comes on the screen."""
 
-    def __init__(self, cli: Cli, *words: str | Path, rows: int = 31, columns: int = 97) -> None:
+    def __init__(self, cli: Cli, *words: str | Path, rows: int = 31, columns: int = 97, **how: Any) -> None:
         require_programs("setsid")
         self.master, self.slave = pty.openpty()
         self.resize(rows, columns)
         self.before = termios.tcgetattr(self.slave)
         # Its controlling terminal, so that a change of size is a signal to it.
         streams = {"stdin": self.slave, "stdout": self.slave, "stderr": self.slave}
-        self.process = cli.start(*words, by=("setsid", "--ctty"), **streams)
+        self.process = cli.start(*words, by=("setsid", "--ctty"), **{**streams, **how})
         self._seen = b""
 
     def __enter__(self) -> Self:
@@ -222,8 +223,13 @@ class Terminal:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait(SECONDS)
-        os.close(self.master)
+        self.close()
         os.close(self.slave)
+
+    def close(self) -> None:
+        if self.master >= 0:
+            os.close(self.master)
+        self.master = -1
 
     def resize(self, rows: int, columns: int) -> None:
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
@@ -313,6 +319,18 @@ class TestTerminal:
             assert termios.tcgetattr(tty.slave) != tty.before
             tty.process.terminate()
             assert tty.ended() == 143
+
+    def test_a_window_that_is_closed(self, cli: Cli, base: Path, tree: Path) -> None:
+        """It ends the command, and costs nothing that the command has written."""
+        with Terminal(cli, "run", "--name", "web", "-it", tree, "sh", stderr=subprocess.PIPE) as tty:
+            tty.type(b"echo x > /workspace/x; echo do''ne\n")
+            tty.until(b"done\r\n")
+            tty.close()
+            assert tty.process.wait(SECONDS) == 128 + signal.SIGHUP
+            assert tty.process.stderr
+            assert tty.process.stderr.read() == b""
+        assert (base / "web" / "layer-0" / "upper" / "workspace" / "x").read_text() == "x\n"
+        assert assembler.gc(base, kept=True) == ["web"]
 
     @pytest.mark.parametrize("typed", [b"abc", b"abc\n", b""])
     def test_the_end_of_a_pipe_is_the_end(self, cli: Cli, tree: Path, typed: bytes) -> None:
