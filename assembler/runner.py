@@ -192,6 +192,7 @@ class _Process:
                     return self._code
                 if number != signal.SIGWINCH or not streams.resize():
                     self._signal(stop if number == signal.SIGTERM else number)
+            streams.hang_up_if_refused()
         return self._code
 
     def close(self) -> None:

@@ -91,6 +91,13 @@ class Stdio:
             self._start_input(self._input)
             self._input = None
 
+    def hang_up_if_refused(self) -> None:
+        """Close the container's terminal when nobody takes its output any more: it has no pipe to notice that by."""
+        if self._master is not None and any(output.refused for output in self._outputs):
+            self._master = None
+            # All of our descriptors of it, that of the thread which brings input too.
+            self._undo.close()
+
     def resize(self) -> bool:
         """Give the container's terminal the size of ours. False if it has none."""
         if self._master is None:
@@ -157,12 +164,18 @@ class _Output(threading.Thread):
         self._sink = sink
         self._on_end = on_end
         self.ended = False
+        #: Whether it has ended because ours does not take any more.
+        self.refused = False
 
     def run(self) -> None:
         # A terminal ends with EIO, a reader that has left is EPIPE: both are ends, not faults.
         with contextlib.suppress(OSError):
             while data := os.read(self._source, _PIECE):
-                write_all(self._sink, data)
+                try:
+                    write_all(self._sink, data)
+                except OSError:
+                    self.refused = True
+                    break
         os.close(self._source)
         self.ended = True
         self._on_end()

@@ -339,6 +339,17 @@ class TestTerminal:
         assert (ran.code, ran.err) == (0, "")
         assert ran.out.endswith(f"{hashlib.md5(typed).hexdigest()}  -\r\n")
 
+    @pytest.mark.parametrize("runtime", ["runc", "crun"])
+    def test_a_reader_that_leaves(self, cli: Cli, tree: Path, runtime: str) -> None:
+        """As with a pipe, also while somebody may still type."""
+        process = cli.start("run", "--rm", "-it", "--runtime", runtime, tree, "yes")
+        assert process.stdout
+        assert process.stdout.readline() == b"y\r\n"
+        process.stdout.close()
+        assert process.wait(SECONDS) != 0
+        assert process.stderr
+        assert process.stderr.read() == b""
+
     def test_input_from_a_pipe(self, cli: Cli, tree: Path) -> None:
         """-t without a terminal of our own: the container has one, and the end of the pipe is its Ctrl-D."""
         ran = cli("run", "--rm", "-it", tree, "sh", "-c", "stty -echo; tty; cat", input=b"typed\n")
