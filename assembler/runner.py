@@ -188,9 +188,10 @@ class _Process:
                 poller.unregister(self._pidfd)
             for number in events.take():
                 if self._code is not None:
-                    # It is over, and only our own output keeps us: whoever sends a signal now means us.
-                    return self._code
-                if number != signal.SIGWINCH or not streams.resize():
+                    # It is over, and only our own output keeps us: whoever wants an end now means us.
+                    if number in _ENDING:
+                        return self._code
+                elif number != signal.SIGWINCH or not streams.resize():
                     self._signal(stop if number == signal.SIGTERM else number)
             streams.hang_up_if_refused()
         return self._code

@@ -26,6 +26,7 @@ from clipfs.mounting import mounter
 from tests.conftest import require_programs
 from tests.containers import SECONDS, Cli, leftovers
 from tests.images import LayoutBuilder
+from tests.mounts import ended
 
 pytest_plugins = ["tests.container_fixtures"]
 
@@ -157,6 +158,21 @@ class TestSignals:
         assert process.wait(SECONDS) == code
         assert process.stderr
         assert process.stderr.read() == b""
+
+    def test_a_new_size_of_the_window_costs_no_output(self, cli: Cli, base: Path, tree: Path) -> None:
+        """As in `clipfs run … | less`: the command has ended long before all has been read."""
+        # More than our pipe holds, and less than that and the container's together.
+        script = "echo begun >&2; exec head -c 100000 /dev/zero"
+        process = cli.start("run", "--rm", "--name", "web", tree, "sh", "-c", script)
+        assert process.stdout
+        assert process.stderr
+        assert process.stderr.readline() == b"begun\n"
+        assert ended(int((base / "web" / "pid").read_text()))
+        process.send_signal(signal.SIGWINCH)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        assert len(process.stdout.read()) == 100_000
+        assert process.wait(SECONDS) == 0
 
     def test_an_images_stop_signal(self, cli: Cli, tree_layer: bytes, tmp_path: Path) -> None:
         image = LayoutBuilder(tmp_path / "oci").layer(tree_layer).config(stop_signal="SIGUSR2").write()
