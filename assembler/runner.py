@@ -59,13 +59,15 @@ def run_in(
     *,
     archive: Archive = "v1",
     on_started: Callable[[int], None] = lambda _: None,
+    on_output: Callable[[], None] = lambda: None,
 ) -> int:
     """Run a command over `lower` (or several, topmost first) and return its exit code, 128 + n if signal n ended it.
 
     lower: a root file system that is not written to: archive "v2 (OCI)" if a ClipFS serves it, "v1" if it was unpacked.
     events: entered before there is anything to take down, and left afterwards. A signal that comes before the command
     runs ends it all, later ones go to the command, and those that come while things are taken down are too late.
-    on_started is called with the first process's pid once it runs.
+    on_started is called with the first process's pid once it runs; on_output, in another thread, whenever something
+    comes on its standard output.
 
     RunError with podman's exit code if it could not be started, other ClipfsErrors if the options or the image do not
     fit; in any case mounts, cgroups and processes are gone.
@@ -86,7 +88,13 @@ def run_in(
             if options.network == "none":
                 container.write_hosts(spec["hostname"])
             container.record(runtime.program)
-            streams = Stdio(container.path, interactive=options.interactive, terminal=options.tty, on_end=events.post)
+            streams = Stdio(
+                container.path,
+                interactive=options.interactive,
+                terminal=options.tty,
+                on_end=events.post,
+                on_output=on_output,
+            )
             with streams, _created(container, runtime, streams, words[0]) as process:
                 _end_early(events)
                 runtime.start()

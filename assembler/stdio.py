@@ -32,14 +32,23 @@ class Stdio:
     """One container's streams, a context: give `child` and `console` to the runtime, `connect`, await `drained`.
 
     directory: where the socket may be made over which the runtime hands out the terminal. on_end is called, in another
-    thread, each time that an output has come to its end.
+    thread, each time that an output has come to its end; and so is on_output when something comes on standard output.
     """
 
-    def __init__(self, directory: Path, *, interactive: bool, terminal: bool, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        interactive: bool,
+        terminal: bool,
+        on_end: Callable[[], None],
+        on_output: Callable[[], None] = lambda: None,
+    ) -> None:
         self._directory = directory
         self._interactive = interactive
         self._terminal = terminal
         self._on_end = on_end
+        self._on_output = on_output
         self._undo = contextlib.ExitStack()
         self._given = contextlib.ExitStack()
         self._listener: socket.socket | None = None
@@ -80,7 +89,7 @@ class Stdio:
         if self._listener is not None:
             self._receive_master(self._listener)
         for source, sink in self._sources:
-            self._outputs.append(_Output(source, sink, self._on_end))
+            self._outputs.append(_Output(source, sink, self._on_end, self._on_output if sink == 1 else lambda: None))
             self._outputs[-1].start()
         self._sources.clear()
         if self._input is not None:
@@ -158,11 +167,12 @@ class _Output(threading.Thread):
     A thread, because our output may be as slow as it likes, and signals must get through all the same.
     """
 
-    def __init__(self, source: int, sink: int, on_end: Callable[[], None]) -> None:
+    def __init__(self, source: int, sink: int, on_end: Callable[[], None], on_output: Callable[[], None]) -> None:
         super().__init__(name="container-output", daemon=True)
         self._source = source
         self._sink = sink
         self._on_end = on_end
+        self._on_output = on_output
         self.ended = False
         #: Whether it has ended because ours does not take any more.
         self.refused = False
@@ -171,6 +181,7 @@ class _Output(threading.Thread):
         # A terminal ends with EIO, a reader that has left is EPIPE: both are ends, not faults.
         with contextlib.suppress(OSError):
             while data := os.read(self._source, _PIECE):
+                self._on_output()
                 try:
                     write_all(self._sink, data)
                 except OSError:

@@ -174,6 +174,22 @@ class TestSignals:
         assert len(process.stdout.read()) == 100_000
         assert process.wait(SECONDS) == 0
 
+    @pytest.mark.parametrize("stats", [[], ["--stats"]])
+    def test_end_us_when_nobody_reads(self, cli: Cli, base: Path, tree_clip: Path, stats: list[str]) -> None:
+        """The first one is for the command, the second one for the wait for a reader."""
+        process = cli.start("run", "--rm", "--name", "web", *stats, tree_clip, "yes")
+        assert process.stdout
+        assert process.stdout.read(1) == b"y"
+        process.terminate()
+        assert ended(int((base / "web" / "pid").read_text()))
+        # Not only once: it may not have noticed the end of the command yet. One more may come when all is done.
+        deadline = time.monotonic() + SECONDS
+        while process.poll() is None and time.monotonic() < deadline:
+            process.terminate()
+            time.sleep(0.05)
+        assert process.poll() in (143, -signal.SIGTERM)
+        assert leftovers(base) == []
+
     def test_an_images_stop_signal(self, cli: Cli, tree_layer: bytes, tmp_path: Path) -> None:
         image = LayoutBuilder(tmp_path / "oci").layer(tree_layer).config(stop_signal="SIGUSR2").write()
         process = cli.start("run", "--rm", image, "sh", "-c", self.TRAPS)

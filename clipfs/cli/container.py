@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
-import threading
 import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import assembler
 from clipfs.cli.mounts import mount_options
@@ -42,10 +38,11 @@ def run(args: argparse.Namespace, standby: Standby) -> int:
         container = stack.enter_context(assembler.Container.create(base, options.name))
         place = container.mountpoint()
         mounted = stack.enter_context(mounter.mount(clip, place, mount, standby=standby, meanwhile=_load_runner))
-        output = stack.enter_context(_FirstOutput()) if args.stats else None
-        code = assembler.run_in(container, events, mounted.mountpoint, config, options, archive="v2 (OCI)")
-        if output is not None:
-            output.close()
+        output = _FirstOutput()
+        code = assembler.run_in(
+            container, events, mounted.mountpoint, config, options, archive="v2 (OCI)", on_output=output
+        )
+        if args.stats:
             _report(output.seconds, mounted.counters()["bytes_fetched"], compressed)
         return code
 
@@ -130,42 +127,13 @@ def _report(first_output: float | None, fetched: int, total: int) -> None:
 
 
 class _FirstOutput:
-    """Stands between the command and standard output, to see when the first byte comes by."""
+    """To be called when output comes; remembers the first time."""
 
     def __init__(self) -> None:
         #: From the start of this process to the first byte.
         self.seconds: float | None = None
 
-    def __enter__(self) -> Self:
-        sys.stdout.flush()
-        self._saved = os.dup(1)
-        reading, writing = os.pipe()
-        os.dup2(writing, 1)
-        os.close(writing)
-        self._pump = threading.Thread(target=self._copy, args=(reading,), daemon=True)
-        self._pump.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give standard output back, when all has come by."""
-        if self._saved >= 0:
-            os.dup2(self._saved, 1)
-            self._pump.join()
-            os.close(self._saved)
-            self._saved = -1
-
-    def _copy(self, reading: int) -> None:
-        from assembler.stdio import write_all
-
-        started = Process.current().started / os.sysconf("SC_CLK_TCK")
-        # When nobody takes our output any more, the command is the one to notice: its pipe is closed here.
-        with open(reading, "rb", buffering=0) as stream, contextlib.suppress(OSError):
-            while chunk := stream.read(1 << 16):
-                if self.seconds is None:
-                    self.seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - started
-                write_all(self._saved, chunk)
+    def __call__(self) -> None:
+        if self.seconds is None:
+            started = Process.current().started / os.sysconf("SC_CLK_TCK")
+            self.seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - started
