@@ -73,6 +73,14 @@ class TestOptions:
         assert {"FILE=from 'file' #1", "BOTH=line", "FROM_HOST=h o s t", "EQ=a=b", "E="} <= set(lines)
         assert not [line for line in lines if line.startswith(("NOT_PASSED", "UNSET", "TERM", "CLIPFS", "#"))]
 
+    def test_an_env_file_says_what_docker_reads_in_it(self, cli: Cli, tree: Path, tmp_path: Path) -> None:
+        file = tmp_path / "env"
+        file.write_bytes("\ufeffA=x \t\r\nB=form\x0cfeed\u2028and\u0085more\n \tC=c\rr\nHOME \n".encode())
+        words = cli.words("run", "--rm", "--env-file", file, tree, "env")
+        done = subprocess.run(words, capture_output=True, timeout=SECONDS, check=True, env={**cli.env, "HOME": "/h"})
+        lines = done.stdout.decode().split("\n")
+        assert {"A=x \t", "B=form\x0cfeed\u2028and\u0085more", "C=c\rr", "HOME=/h"} <= set(lines)
+
     @pytest.mark.parametrize(
         ("user", "ids"),
         [

@@ -103,15 +103,18 @@ def _words(entrypoint: str) -> tuple[str, ...]:
 
 
 def _env_file(path: Path) -> list[str]:
-    """The lines of an env file as docker and podman read it: no quoting, ``#`` begins a comment line."""
+    """The lines of an env file as docker and podman read it: no quoting, ``#`` begins a comment line.
+
+    A value ends where its line does, which no character but the newline ends, and keeps the blanks at its end.
+    """
     try:
-        text = path.read_text()
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"cannot read --env-file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"--env-file {path} is not UTF-8 at byte {error.start}") from error
-    lines = (line.strip() for line in text.splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
+    lines = (line.removesuffix("\r").lstrip() for line in text.split("\n"))
+    return [line if "=" in line else line.rstrip() for line in lines if line and not line.startswith("#")]
 
 
 def _report(first_output: float | None, fetched: int, total: int) -> None:
