@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import clipfs
+from assembler import names
 from assembler.beneath import locate, opened_root
 from assembler.command import command, environment, working_directory
 from assembler.options import RunOptions, shortest
@@ -108,8 +109,9 @@ def _linux(options: RunOptions, container_id: str) -> dict[str, Any]:
         resources["cpu"] = {"quota": round(options.cpus * _CPU_PERIOD), "period": _CPU_PERIOD}
     return {
         "namespaces": [{"type": kind} for kind in kinds],
-        # Below the caller's own, so that no directory in between stays behind.
-        "cgroupsPath": f"clipfs-{container_id}",
+        # Below the caller's own, so that no directory in between stays behind. Of its own name, because one of the
+        # same id, kept elsewhere, would share its limits and its end.
+        "cgroupsPath": f"clipfs-{container_id}-{names.invented()}",
         "resources": resources,
         "maskedPaths": list(_MASKED),
         "readonlyPaths": list(_READ_ONLY),

@@ -108,6 +108,15 @@ class TestKilled:
         assert process.wait(SECONDS) == 137
         assert leftovers(base) == []
 
+    def test_one_of_the_same_name_elsewhere(self, cli: Cli, base: Path, tree: Path, tmp_path: Path) -> None:
+        """A name is taken in its base only; what ends there is another container."""
+        process, _ = running(cli, base, "--runtime", "crun", tree)
+        words = ("run", "--rm", "--base", tmp_path / "elsewhere", "--name", "web", "--runtime", "crun", tree, "true")
+        assert cli(*words) == (0, "", "")
+        assert process.stdin
+        process.stdin.close()
+        assert process.wait(SECONDS) == 0
+
     def test_what_serves_its_root(self, cli: Cli, base: Path, tree_clip: Path) -> None:
         """The container goes on with what it has; its end is still an end."""
         process, _ = running(cli, base, tree_clip)
