@@ -22,7 +22,7 @@ from typing import Any, Self
 import clipfs
 from assembler import names
 
-_LOCK, _KEPT, _RECORD = "clipfs.lock", "kept", "runtime.json"
+_LOCK, _KEPT, _RECORD, _CONFIG = "clipfs.lock", "kept", "runtime.json", "config.json"
 _BASE_LOCK, _NEW = ".clipfs.lock", ".clipfs.new"
 
 
@@ -103,9 +103,16 @@ class Container:
         except (ValueError, KeyError, TypeError) as error:
             raise clipfs.MountError(f"{self.path / _RECORD} is damaged, so its runtime is not known") from error
 
+    def recorded_cgroup(self) -> str | None:
+        """What the config calls its control groups; None if it does not say."""
+        try:
+            return str(json.loads((self.path / _CONFIG).read_bytes())["linux"]["cgroupsPath"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def write_config(self, spec: dict[str, Any]) -> None:
         """The runtime spec, as the bundle's config. UsageError if it has bytes that are no text."""
-        _write_json(self.path / "config.json", spec)
+        _write_json(self.path / _CONFIG, spec)
 
     @property
     def hosts(self) -> Path:

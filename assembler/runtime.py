@@ -9,6 +9,7 @@ it has started: nobody has to guess. Does not know what the container is or who 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,8 +22,9 @@ from assembler.container import Container
 from assembler.errors import RunError
 from assembler.stdio import Stdio
 
+_CGROUPS = Path("/sys/fs/cgroup")
 # Unified controllers beside the old hierarchy ("hybrid") make crun refuse to run, also without any limits.
-_HYBRID = Path("/sys/fs/cgroup/unified")
+_HYBRID = _CGROUPS / "unified"
 # It is content where it does not see them: in a mount namespace of its own.
 _WITHOUT_HYBRID = (
     "unshare", "--mount", "--propagation", "slave", "--",
@@ -48,16 +50,16 @@ class Runtime:
         self._container = container
         self._log = container.path / "runtime.log"
         self._lock = container.path / "runtime.lock"
+        self._pid_file = container.path / "pid"
 
     def create(self, stdio: Stdio) -> int:
         """Make the container of the bundle's config; its first process, whose pid is returned, waits for `start`."""
-        pid_file = self._container.path / "pid"
-        options = ["--bundle", str(self._container.path), "--pid-file", str(pid_file)]
+        options = ["--bundle", str(self._container.path), "--pid-file", str(self._pid_file)]
         if stdio.console is not None:
             options += ["--console-socket", stdio.console]
         self._call("create", *options, stdio=stdio.child)
         try:
-            return int(pid_file.read_text())
+            return int(self._pid_file.read_text())
         except FileNotFoundError:
             raise RunError(f"{self.program} has made no container: is it a runtime?") from None
 
@@ -75,6 +77,16 @@ class Runtime:
         """Kill what runs, and remove cgroups and state. A container that was never made is fine."""
         if (self._container.runtime_state / self._container.id).exists():
             self._call("delete", "--force")
+            if not self._pid_file.exists():
+                self._remove_cgroups()
+
+    def _remove_cgroups(self) -> None:
+        """A runtime that was killed may not have noted yet which it has made; what ran in them ended with it."""
+        name = self._container.recorded_cgroup()
+        for parent, groups, _ in os.walk(_CGROUPS):
+            if name in groups:
+                with contextlib.suppress(OSError):
+                    os.rmdir(f"{parent}/{name}")
 
     def _call(self, verb: str, *options: str, stdio: tuple[int, int, int] | None = None) -> None:
         state, log = str(self._container.runtime_state), str(self._log)

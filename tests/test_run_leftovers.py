@@ -102,6 +102,35 @@ class TestKilled:
         assert gc.wait(SECONDS) == 0
         assert leftovers(base) == []
 
+    @pytest.mark.parametrize("both", [False, True])
+    def test_the_runtime_itself(self, both: bool, cli: Cli, base: Path, tree: Path, tmp_path: Path) -> None:
+        """In the middle of `create`: what it has made of control groups it has told nobody."""
+        for name in ("begun", "go"):
+            os.mkfifo(tmp_path / name)
+        groups = next(each for each in (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup")) if each.is_dir())
+        killed = tmp_path / "killed-runtime"
+        killed.write_text(
+            rf"""#!/bin/sh
+            case "$*" in *" create "*)
+                group=$(sed -n 's/.*cgroupsPath": "\(.*\)".*/\1/p' {base}/web/config.json)
+                mkdir -p {base}/web/runtime/web {groups}/$group
+                echo x > {tmp_path}/begun; cat {tmp_path}/go; kill -9 $$;;
+            esac
+            exec runc "$@"
+            """
+        )
+        killed.chmod(0o755)
+        process = cli.start("run", "--rm", "--name", "web", "--runtime", killed, tree, "true")
+        (tmp_path / "begun").read_text()
+        assert list(groups.glob("clipfs-web-*"))
+        if both:
+            process.kill()
+            process.wait(SECONDS)
+        (tmp_path / "go").write_text("")
+        assert process.wait(SECONDS) == (-signal.SIGKILL if both else 125)
+        assert cli("gc").err == ("removed container web\n" if both else "")
+        assert list(groups.glob("clipfs-web-*")) == []
+
     def test_the_container(self, cli: Cli, base: Path, tree_clip: Path) -> None:
         process, first = running(cli, base, tree_clip)
         os.kill(first, signal.SIGKILL)
