@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +59,19 @@ def test_all_that_x_can_be(kind: str, view: str, runtime: str, cli: Cli, tree: P
 def test_a_relative_directory(cli: Cli, tree: Path) -> None:
     assert cli("run", "--rm", f"./{tree.name}", "echo", "x", cwd=tree.parent) == (0, "x\n", "")
     assert cli("run", "--rm", ".", "echo", "x", cwd=tree) == (0, "x\n", "")
+
+
+@pytest.mark.parametrize("kind", ["directory", "clip"])
+def test_started_by_who_ignores_its_children(kind: str, cli: Cli, tree: Path, tree_clip: Path) -> None:
+    """That is inherited, and then the kernel waits for children itself and tells nobody how they ended."""
+    starter = (
+        "from os import *; from signal import *; from sys import *; signal(SIGCHLD, SIG_IGN); execv(argv[1], argv[1:])"
+    )
+    x = tree if kind == "directory" else tree_clip
+    process = cli.start("run", "--rm", x, "sh", "-c", "exit 3", by=(sys.executable, "-c", starter))
+    assert process.wait(SECONDS) == 3
+    assert process.stderr
+    assert process.stderr.read() == b""
 
 
 class TestOptions:
