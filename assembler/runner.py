@@ -265,9 +265,10 @@ def _is_default(pid: int, number: int) -> bool:
     """Whether a process leaves a signal at its default. proc(5): SigBlk, SigIgn and SigCgt are masks."""
     held = 0
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key in ("SigBlk", "SigIgn", "SigCgt"):
+        # A process gives itself a name of any bytes, of which the kernel quotes the newline alone.
+        for line in Path(f"/proc/{pid}/status").read_bytes().split(b"\n"):
+            key, _, value = line.partition(b":")
+            if key in (b"SigBlk", b"SigIgn", b"SigCgt"):
                 held |= int(value, 16)
     return not held >> (number - 1) & 1
 

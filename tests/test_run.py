@@ -233,6 +233,12 @@ class TestImageConfig:
         """The kernel would spare the first process of a pid namespace."""
         assert box("sleep", "1000", on_started=lambda _: os.kill(os.getpid(), sent)).code == code
 
+    def test_a_command_may_call_itself_anything(self, box: Box) -> None:
+        """Its name stands where the kernel says which signals it handles."""
+        with Told(box.base.parent / "ready", lambda: os.kill(os.getpid(), signal.SIGTERM)) as volume:
+            command = "printf '\\377\\rSigIgn:x' > /proc/1/comm; echo > /ready/pipe; while :; do sleep 0.05; done"
+            assert box("sh", "-c", command, volumes=(volume,)) == (143, "", "")
+
 
 class Told:
     """A volume with a pipe in it; what the container writes to it makes us act."""
