@@ -61,6 +61,25 @@ def test_the_last_of_a_pair_wins() -> None:
     assert not parse("").writable
 
 
+@pytest.mark.parametrize(
+    ("name", "absolute"),
+    [
+        ("oci:a/b:v1", "oci:/here/a/b:v1"),
+        ("oci:/a:v1", "oci:/a:v1"),
+        ("docker-archive:a.tar", "docker-archive:/here/a.tar"),
+        ("clip:a.clip", "clip:/here/a.clip"),
+        ("https://example.org/a.clip", "https://example.org/a.clip"),
+        ("docker://example.org/a:v1", "docker://example.org/a:v1"),
+        ("debian:12", "debian:12"),
+    ],
+)
+def test_a_source_is_the_same_in_any_directory(
+    name: str, absolute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse(f"source={name}").options.source == absolute.replace("/here", str(tmp_path))
+
+
 @pytest.mark.parametrize("text", MALFORMED)
 def test_unknown_or_malformed_options_are_refused(text: str) -> None:
     with pytest.raises(UsageError) as caught:

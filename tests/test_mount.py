@@ -140,6 +140,32 @@ def test_another_source_can_be_named(image: str, clip: Path, mountpoint: Path, t
         assert [record.source for record in clipfs.mounts()] == [f"oci:{tmp_path}/copy:latest"]
 
 
+def test_paths_in_options_are_the_caller_s(
+    image: str, clip: Path, mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what serves the mount is in another directory."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(image.split(":")[1], "copy")
+    Path("trace").write_text("clipfs trace 1\n")
+    options = MountOptions(
+        source="oci:copy:latest",
+        prefetch="./trace",
+        log=Path("log"),
+        report=Path("report"),
+        cache_dir=Path("cache"),
+    )
+    with clipfs.mount(clip, mountpoint, options):
+        assert (mountpoint / "hello").read_text() == "hello\n"
+        assert [record.source for record in clipfs.mounts()] == [f"oci:{tmp_path}/copy:latest"]
+    assert {each.name for each in tmp_path.iterdir()} >= {"cache", "log", "report"}
+
+
+@pytest.mark.parametrize("option", [{"view": "x"}, {"timeout": -1.0}, {"metrics": "x"}, {"log_format": "x"}])
+def test_options_without_sense_are_refused(clip: Path, mountpoint: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(option)).replace('_', '-')}.*{next(iter(option.values()))}"):
+        clipfs.mount(clip, mountpoint, MountOptions(**option))
+
+
 # --- how mounts end
 
 

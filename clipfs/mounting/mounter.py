@@ -99,7 +99,7 @@ def mount(
     mounted. standby: those processes, for who has started them already. meanwhile: called while they make the mount.
     """
     path, place = _checked(clip, mountpoint)
-    process = daemon.start(path, place, options or MountOptions(), standby, meanwhile)
+    process = daemon.start(path, place, (options or MountOptions()).settled(), standby, meanwhile)
     record = next((record for record in state.records() if record.process == process), None)
     if record is None:
         raise MountError(f"mounted on {place}, but it was unmounted at once")
@@ -114,7 +114,7 @@ def serve(
 ) -> None:
     """As `mount`, but this very process answers for the mount, and the call returns when it is unmounted."""
     path, place = _checked(clip, mountpoint)
-    service.serve(path, place, options or MountOptions(), lambda _: on_ready())
+    service.serve(path, place, (options or MountOptions()).settled(), lambda _: on_ready())
 
 
 def _checked(clip: Path | str, mountpoint: Path | str) -> tuple[Path, str]:

@@ -5,8 +5,9 @@ This module knows neither FUSE nor processes. It must stay cheap to import: it i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +27,9 @@ _IGNORED_KEYS = frozenset(("user", "helper", "uhelper", "comment", "user_id", "g
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 _LONGEST_TIMEOUT = 3600.0
+
+# What stands before a path in the name of an image, or of what carries its data.
+_PATH_FORMS = ("oci", "oci-archive", "docker-archive", "clip")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +74,23 @@ class MountOptions:
     insecure: bool = False
     timeout: float | None = None
 
+    def settled(self) -> Self:
+        """The same for a process in another directory: all paths are absolute. UsageError for what has no sense."""
+        view(self.view)
+        log_format(self.log_format)
+        if self.timeout is not None:
+            timeout(str(self.timeout))
+        values: dict[str, Any] = {
+            name: value.absolute() for name, value in asdict(self).items() if isinstance(value, Path)
+        }
+        if self.prefetch not in _PREFETCH:
+            values["prefetch"] = str(Path(self.prefetch).absolute())
+        if self.metrics is not None:
+            values["metrics"] = endpoint(self.metrics)
+        if self.source is not None:
+            values["source"] = source(self.source)
+        return replace(self, **values)
+
     def to_json(self) -> dict[str, Any]:
         """As values of JSON, for another process."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
@@ -83,6 +104,8 @@ class MountOptions:
         given |= {name: Path(given[name]) for name in paths}
         return cls(**given | {"first": tuple(given.get("first", ()))})
 
+
+_PREFETCH = ("trace", "all", "none")
 
 # Each option that means something here: the field it sets, and the value in terms of the text after '='. Those
 # without a converter take no value; of the pairs that mount(8) knows, the last one on the line wins.
@@ -110,7 +133,7 @@ _VALUES: dict[str, Callable[[str], object]] = {
     "log-format": lambda text: log_format(text),
     "report": lambda text: report_path(text),
     "metrics": lambda text: endpoint(text),
-    "source": str,
+    "source": lambda text: source(text),
     "authfile": lambda text: readable(text, "credentials"),
     "ca": lambda text: readable(text, "certificates"),
     "timeout": lambda text: timeout(text),
@@ -215,12 +238,20 @@ def endpoint(text: str) -> str:
 
 def prefetch(text: str) -> str:
     """``trace``, ``all``, ``none``, or the path of a trace, made absolute."""
-    if text in ("trace", "all", "none"):
+    if text in _PREFETCH:
         return text
     path = Path(text).absolute()
     if not path.is_file():
         raise UsageError(f"prefetch is trace, all, none or the file of a trace, and there is no file {path}")
     return str(path)
+
+
+def source(text: str) -> str:
+    """The name of an image, or of a packed clip, in which a path is made absolute."""
+    form, colon, rest = text.partition(":")
+    if colon and rest and form in _PATH_FORMS:
+        return f"{form}:{Path(rest).absolute()}"
+    return os.path.abspath(text) if os.path.isfile(text) else text
 
 
 def byte_count(text: str, what: str) -> int:
