@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from clipfs.errors import ClipfsError
+from clipfs.errors import ClipfsError, MountError
 
 log = logging.getLogger(__name__)
 
@@ -158,8 +158,11 @@ class MountRecord:
         """Write the record, or replace it; readers see the one or the other, never half of it."""
         directory = _mounts_dir()
         aside = directory / f"{self.process}.new"
-        aside.write_text(json.dumps(asdict(self), indent=1))
-        aside.replace(directory / f"{self.process}.json")
+        try:
+            aside.write_text(json.dumps(asdict(self), indent=1))
+            aside.replace(directory / f"{self.process}.json")
+        except OSError as error:
+            raise MountError(f"cannot keep the record of a mount in {directory}: {error.strerror}") from error
 
     def remove(self) -> None:
         """Remove the record and its counters. The counters stay readable to those who have them open."""

@@ -264,7 +264,7 @@ def test_a_full_disk_below_the_state(
             assert the_record().server is not None
             assert read_anew(mountpoint) == CONTENT
         fill(disk)
-        with pytest.raises(ClipfsError, match="No space left"):
+        with pytest.raises(ClipfsError, match=f"in {disk}/mounts: No space left"):
             clipfs.mount(large, mountpoint)
         assert not os.path.ismount(mountpoint)
 

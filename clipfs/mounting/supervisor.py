@@ -150,7 +150,7 @@ class Supervisor:
                 self._record = replace(self._record, worker=child.process)
                 try:
                     self._record.save()
-                except (OSError, ClipfsError) as error:
+                except ClipfsError as error:
                     # Readers are served all the same; others go on seeing the worker before.
                     log.warning("cannot note who serves %s: %s", self._record.mountpoint, error)
                 answer(self._record.process, "")
