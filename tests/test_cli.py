@@ -27,7 +27,7 @@ LS_NAME = 7
 
 COMMANDS = (
     *("cache", "cat", "check", "explain", "extract", "gc"),
-    *("index", "inspect", "ls", "mount", "pack", "run", "umount"),
+    *("index", "inspect", "ls", "mount", "pack", "run", "umount", "upgrade"),
 )
 
 
@@ -93,7 +93,7 @@ class TestIndex:
             ("oci:/nonesuch", "x.clip", 2, "/nonesuch is no OCI layout"),
             ("oci-archive:/nonesuch.tar", "x.clip", 2, "/nonesuch.tar"),
             ("docker://no such name", "x.clip", 2, "'no such name' is no image name"),
-            ("IMAGE", "/nonesuch/x.clip", 1, "cannot write /nonesuch/x.clip: No such file or directory"),
+            ("IMAGE", "/nonesuch/x.clip", 74, "cannot write /nonesuch/x.clip: No such file or directory"),
             ("IMAGE", "/dev/full", 2, "/dev/full"),
             ("IMAGE", ".", 2, "no regular file"),
         ],

@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _obey(words)
     except ClipfsError as error:
         _say(str(error))
-        return _failure(words, error.exit_code)
+        # One of no kind of its own, for which the system had a reason, is about a file.
+        plain = type(error) is ClipfsError and isinstance(error.__cause__, OSError)
+        return _failure(words, _INPUT_OUTPUT if plain else error.exit_code)
     except KeyboardInterrupt:
         _say("interrupted")
         return _INTERRUPTED
