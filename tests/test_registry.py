@@ -394,7 +394,7 @@ class TestAnswers:
 
     @pytest.mark.parametrize(
         "reply",
-        [Reply(503), Reply(429, b"", {"Retry-After": "0"}), Reply(500, b"", {"Retry-After": "nonsense"}),
+        [Reply(503), Reply(522), Reply(429, b"", {"Retry-After": "0"}), Reply(500, b"", {"Retry-After": "nonsense"}),
          Reply(206, LAYER[:10], {"Content-Range": f"bytes 0-9/{BLOB.size}"}, cut=4), Reply(200, b"", cut=0)],
     )  # fmt: skip
     async def test_passing_trouble_is_not_seen(self, reply: Reply) -> None:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 MAX_ERROR = 1 << 16
 
 GOOD = frozenset({200, 206})
-AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
+# Of 5xx all, for those who stand before registries have codes of their own: 520 to 530, 529, 598.
+AGAIN = frozenset({408, 425, 429, *range(500, 600)})
 # How storage refuses an address that was signed for some minutes only. A new one is to be had from the registry.
 EXPIRED = frozenset({400, 401, 403, 404, 410})
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
