@@ -44,6 +44,7 @@ DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
 MANIFEST_TYPES = (OCI_MANIFEST, DOCKER_MANIFEST)
 INDEX_TYPES = (OCI_INDEX, DOCKER_LIST)
+_SCHEMA_1 = re.compile(r"application/vnd\.docker\.distribution\.manifest\.v1\+")
 
 # The distribution spec asks registries to take at least 4 MiB of manifest; nobody can rely on more.
 MAX_MANIFEST = 4 << 20
@@ -183,7 +184,7 @@ def parse_manifest(raw: bytes, media_type: str | None = None) -> Manifest | Imag
     named = whole.text("mediaType", "")
     known = (*MANIFEST_TYPES, *INDEX_TYPES)
     called = named or media_type or ""
-    if whole.value.get("schemaVersion") == 1 or (".manifest.v1+" in called and called not in known):
+    if whole.value.get("schemaVersion") == 1 or _SCHEMA_1.match(called):
         raise ImageError(
             "the image has a Docker schema 1 manifest, which has no layer sizes and was retired in 2019; "
             "push the image again with a current tool"

@@ -187,6 +187,11 @@ class TestManifest:
         [
             ({"schemaVersion": 1, "fsLayers": []}, None, "schema 1"),
             (manifest(), "application/vnd.docker.distribution.manifest.v1+prettyjws", "schema 1"),
+            (
+                {"mediaType": "application/vnd.oci.artifact.manifest.v1+json", "blobs": []},
+                None,
+                "artifact.*is no image",
+            ),
             (manifest(manifests=[]), None, "at once"),
             (manifest(mediaType=OCI_INDEX), None, "is no image"),
             (manifest(mediaType=DOCKER_MANIFEST), OCI_MANIFEST, "is served as"),
