@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipfs.cli import texts
 from clipfs.errors import ClipfsError, MountError, UsageError, single
 from clipfs.log import complain, print_any_name
 from clipfs.mounting import kernel, mountinfo
@@ -22,7 +23,7 @@ from clipfs.mounting.options import MountOptions, Parsed, parse
 if TYPE_CHECKING:
     from clipfs.mounting.daemon import Standby
 
-_USAGE = """\
+_USAGE = f"""\
 usage: mount.clipfs SPEC DIR [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]
 
 SPEC is a .clip file, the URL of a packed one, or the name of an image as skopeo names it (oci:DIR:TAG,
@@ -31,9 +32,9 @@ docker://HOST/REPO:TAG, …), which is indexed first if it was not before. Usual
   mount -t clipfs app.clip /mnt -o allow_other,cache=256M,log=/var/log/app.log
   /srv/app.clip  /mnt  clipfs  ro,_netdev,nofail,x-systemd.automount  0 0     (a line of /etc/fstab)
 
-options: allow_other, cache=SIZE, log=FILE, report=FILE, metrics=PORT, source=IMAGE, authfile=FILE, ca=FILE, insecure,
-noexec, those that mount(8) handles itself, and allow_suid and allow_dev, which mean suid and dev, for those it never
-hands on.
+{texts.MOUNT_OPTIONS}\
+What begins with -- is in `clipfs mount --help`. Those that mount(8) handles itself are taken as well; suid and dev it
+never hands on, for these there are allow_suid and allow_dev.
 """
 
 # The exit code of mount(8), bit by bit.
