@@ -92,6 +92,9 @@ class TestIndex:
         [
             ("oci:/nonesuch", "x.clip", 2, "/nonesuch is no OCI layout"),
             ("oci-archive:/nonesuch.tar", "x.clip", 2, "/nonesuch.tar"),
+            ("/dev", "x.clip", 2, "'/dev' is here, and is no image's name; a layout is named oci:/dev"),
+            (__file__, "x.clip", 2, f"an archive is named oci-archive:{__file__}"),
+            ("", "x.clip", 2, "'' is no image name"),
             ("docker://no such name", "x.clip", 2, "'no such name' is no image name"),
             ("IMAGE", "/nonesuch/x.clip", 74, "cannot write /nonesuch/x.clip: No such file or directory"),
             ("IMAGE", "/dev/full", 2, "/dev/full"),
@@ -182,8 +185,7 @@ class TestLook:
             (["inspect", __file__], "is not a .clip file"),
             (["check", os.devnull], os.devnull),
             (["inspect", "--platform", "linux/s390x", "CLIP"], "is of an image for linux/amd64, not for linux/s390x"),
-            (["inspect", ""], "''"),
-            (["inspect", "/etc"], "a layout is named oci:/etc, and a directory to run in"),
+            (["inspect", "/etc"], "a layout is named oci:/etc, a directory to run in /etc,"),
         ],
     )
     def test_failures(self, words: list[str], said: str, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 from clipfs.building.builder import build
-from clipfs.cli.options import platform_of
+from clipfs.cli.options import check_name, platform_of
 from clipfs.cli.progress import progress, size
 from clipfs.mounting.options import byte_count
 
 
 def index(args: argparse.Namespace) -> int:
     """Make the .clip and say what it is."""
+    check_name(args.image)
     out = args.output or Path(_file_name(args.image))
     report = build(
         args.image,

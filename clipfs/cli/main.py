@@ -171,7 +171,7 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_image_commands(commands: Commands[_Parser]) -> None:
-    parser = _command(commands, "index", "build", "make the .clip index of an image")
+    parser = _command(commands, "index", "build", "make the .clip index of an image", epilog=texts.INDEXED)
     parser.add_argument("image", metavar="IMAGE", help="its name, see below")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to (default: NAME.clip here)")
     parser.add_argument("--span-size", default="4M", metavar="SIZE", help="decoded at a time (default: 4M)")

@@ -27,9 +27,7 @@ def clip_of(args: argparse.Namespace) -> Path:
 
     if target.endswith(".clip") and not is_url(target):
         raise UsageError(f"there is no file {target}; make it with `clipfs index IMAGE -o {target}`")
-    if path.exists():
-        what = f"; a layout is named oci:{target}, and a directory to run in ./{target}" if path.is_dir() else ""
-        raise UsageError(f"'{target}' is no regular file, and no image's name{what}")
+    check_name(target)
     return index_for(
         target,
         platform=platform_of(args),
@@ -38,6 +36,17 @@ def clip_of(args: argparse.Namespace) -> Path:
         authfile=args.authfile,
         ca=args.ca,
     )
+
+
+def check_name(target: str) -> None:
+    """UsageError if that is the bare path of something: no registry is asked for what a person sees here."""
+    if os.path.isdir(target):
+        what = f"a layout is named oci:{target}, a directory to run in {os.path.join('.', target)}"
+    elif os.path.exists(target):
+        what = f"an archive is named oci-archive:{target} or docker-archive:{target}"
+    else:
+        return
+    raise UsageError(f"'{target}' is here, and is no image's name; {what}, and what a registry has docker://…")
 
 
 def _check_platform(clip: Path, wanted: Platform | None) -> None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-IMAGE_NAMES = """\
-X is a .clip file, made by `clipfs index` or `clipfs pack`; https://HOST/PATH, where a web server has one that is
-packed; or the name of an image, which is indexed first if it was not before.
+IMAGES = """\
 An image is named as skopeo names it:
   docker://HOST/REPO[:TAG|@DIGEST]   a registry; a bare reference such as debian:12 means this
   oci:DIR[:TAG]                      an OCI image layout
   oci-archive:FILE[:TAG]             the same in a tar file
   docker-archive:FILE[:TAG]          what `docker save` writes
+"""
+
+IMAGE_NAMES = f"""\
+X is a .clip file, made by `clipfs index` or `clipfs pack`; https://HOST/PATH, where a web server has one that is
+packed; or the name of an image, which is indexed first if it was not before.
+{IMAGES}"""
+
+INDEXED = f"""\
+{IMAGES}\
+  https://HOST/PATH                  a packed .clip on a web server, of which the index is taken
 """
 
 PACKED = """\
