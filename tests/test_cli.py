@@ -58,7 +58,8 @@ class TestHelp:
         said = capsys.readouterr().err
         assert said.count("\n") == 1
         assert said.startswith("clipfs: ")
-        assert "--help" in said
+        known = " ".join(word for word in words[:1] if word in COMMANDS)
+        assert f"see `{f'clipfs {known}'.strip()} --help`" in said
 
 
 @pytest.mark.parametrize(("words", "dumpable"), [(["inspect", __file__], "0"), (["gc"], "1")])
