@@ -28,7 +28,10 @@ def _check_kind(out: Path) -> None:
 
 @contextmanager
 def written_aside(out: Path) -> Iterator[Path]:
-    """A path beside `out` to write to; it becomes `out` if all goes well and disappears if not."""
+    """A path beside `out` to write to; it becomes `out` if all goes well and disappears if not.
+
+    An OSError of who writes there is a ClipfsError about `out`: nobody else knows that path.
+    """
     _check_kind(out)
     try:
         handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
@@ -42,5 +45,7 @@ def written_aside(out: Path) -> Iterator[Path]:
         os.umask(umask)
         aside.chmod(0o666 & ~umask)
         aside.replace(out)
+    except OSError as error:
+        raise ClipfsError(f"cannot write {out}: {error.strerror}") from error
     finally:
         aside.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from clipfs.errors import printable
 from clipfs.reports.report import parse
 from tests.conftest import require_root
 from tests.images import LayoutBuilder
-from tests.mounts import BIG, SECONDS, kill, record_of
+from tests.mounts import BIG, SECONDS, kill, record_of, run
 from tests.tars import Tar
 from tests.test_page import made
 
@@ -174,6 +174,19 @@ class TestFailures:
         said = capsys.readouterr().err
         assert words in said
         assert said.count("\n") == 1
+
+
+def test_a_page_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "report").write_text(made().to_json())
+    disk = tmp_path / "small"
+    disk.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=4k", "none", disk)
+    try:
+        assert main(["explain", str(tmp_path / "report"), "--html", str(disk / "page")]) == 74
+        assert capsys.readouterr().err == f"clipfs: cannot write {disk}/page: No space left on device\n"
+        assert list(disk.iterdir()) == []
+    finally:
+        run("umount", disk)
 
 
 def test_a_report_of_a_stranger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

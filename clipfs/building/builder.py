@@ -21,7 +21,7 @@ from clipfs.building import webclip
 from clipfs.building.contents import index_by_contents
 from clipfs.building.layer_pass import Progress, Silent, blob_at_hand, index_layer
 from clipfs.compression.spans import SPAN_SIZE
-from clipfs.errors import ClipfsError, ImageError, UsageError
+from clipfs.errors import ImageError, UsageError
 from clipfs.format import container as clip_format
 from clipfs.format.index import Index
 from clipfs.format.pack import write
@@ -147,23 +147,20 @@ async def build_image(
 
     def finish() -> tuple[int, int]:
         extents, data_size = tree.finish()
-        try:
-            with written_aside(out) as path, path.open("wb") as file:
-                write(
-                    file,
-                    root=tree.root,
-                    extents=extents,
-                    data_size=data_size,
-                    layers=layers,
-                    manifest=manifest.raw,
-                    config=config.raw,
-                    source=image.name,
-                )
-                file.flush()
-                os.fsync(file.fileno())
-                return tree.inodes, file.tell()
-        except OSError as error:
-            raise ClipfsError(f"cannot write {out}: {error.strerror}") from error
+        with written_aside(out) as path, path.open("wb") as file:
+            write(
+                file,
+                root=tree.root,
+                extents=extents,
+                data_size=data_size,
+                layers=layers,
+                manifest=manifest.raw,
+                config=config.raw,
+                source=image.name,
+            )
+            file.flush()
+            os.fsync(file.fileno())
+            return tree.inodes, file.tell()
 
     inodes, clip_size = await trio.to_thread.run_sync(finish)
     return BuildReport(
