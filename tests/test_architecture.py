@@ -105,6 +105,7 @@ ORDER = (
     "clipfs.reports.picture",
     "clipfs.reports.page",
     "clipfs.reports.metrics",
+    "clipfs.building.blocking",
     "clipfs.building.webclip",
     "clipfs.building.contents",
     "clipfs.building.layer_pass",

@@ -287,6 +287,14 @@ class TestRemote:
         assert (spools(), files(tmp_path)) == ([], [])
 
 
+@pytest.mark.parametrize("make", [clipfs.build, clipfs.pack, lambda name, out: clipfs.index_for(name)])
+@pytest.mark.parametrize("name", ["oci:/image", "https://localhost/x.clip"])
+async def test_inside_of_trio(make: Callable[[str, Path], object], name: str, tmp_path: Path) -> None:
+    """Nobody else would run meanwhile."""
+    with pytest.raises(UsageError, match=r"await trio\.to_thread\.run_sync"):
+        make(name, tmp_path / "x.clip")
+
+
 class TestProgress:
     @pytest.mark.parametrize("remote", [False, True])
     async def test_every_step_is_counted_to_its_end(self, remote: bool, image: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import trio
 
 from clipfs import sources, state
 from clipfs.aside import check_place, written_aside
-from clipfs.building import webclip
+from clipfs.building import blocking, webclip
 from clipfs.building.contents import index_by_contents
 from clipfs.building.layer_pass import Progress, Silent, blob_at_hand, index_layer
 from clipfs.compression.spans import SPAN_SIZE
@@ -84,7 +84,7 @@ def build(
             image = await source.image(platform)
             return await build_image(source, image, Path(out), progress or Silent(), span_size)
 
-    return trio.run(main)
+    return blocking.run(main)
 
 
 def index_for(
@@ -116,7 +116,7 @@ def index_for(
                 await build_image(source, image, path, progress or Silent())
             return path
 
-    return trio.run(main)
+    return blocking.run(main)
 
 
 async def build_image(

@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import trio
-
 from clipfs.blocks.counters import Counters
 from clipfs.blocks.reader import BlockReader
+from clipfs.building import blocking
 from clipfs.errors import ClipfsError, UsageError, shown
 from clipfs.format.index import Index, Node
 from clipfs.sources.fetcher import SourceOptions
@@ -47,7 +46,7 @@ def extract(clip: Path | str, target: Path | str, access: SourceOptions | None =
     place = Path(target)
     _prepare(place)
 
-    async def main(index: Index) -> Extracted:
+    async def main() -> Extracted:
         async with (
             fetcher_for(index, access) as fetcher,
             BlockReader(index, fetcher, counters=Counters.private()) as reader,
@@ -58,7 +57,7 @@ def extract(clip: Path | str, target: Path | str, access: SourceOptions | None =
 
     with Index.open(clip) as index:
         try:
-            return trio.run(main, index)
+            return blocking.run(main)
         except OSError as error:
             what = shown(os.fsencode(error.filename)) if error.filename else "a part of it"
             raise ClipfsError(f"cannot unpack into {target}: {what}: {error.strerror}") from error

@@ -22,6 +22,7 @@ import trio
 from clipfs.aside import written_aside
 from clipfs.blocks.counters import Counters
 from clipfs.blocks.reader import BlockReader
+from clipfs.building import blocking
 from clipfs.building.builder import Progress, Silent, index_for
 from clipfs.building.pile import SPAN, Pile
 from clipfs.building.rootfs import Rootfs
@@ -133,7 +134,7 @@ def _pack_index(index: Index, access: SourceOptions, out: Path, progress: Progre
     index.check()
     with _Work.begin(out) as work:
         progress.begin("packing", sum(length for _, _, _, length in index.extents(0, index.data_size)))
-        trio.run(_read_index, index, access, work.pile, progress)
+        blocking.run(lambda: _read_index(index, access, work.pile, progress))
         progress.end()
         verbatim = (Kind.EROFS, Kind.MANIFEST, Kind.CONFIG)
         return work.finish(index.inodes, {kind: index.section(kind) for kind in verbatim}, [])

@@ -10,10 +10,9 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TypeVar
 
-import trio
-
 from clipfs import state
 from clipfs.aside import written_aside
+from clipfs.building import blocking
 from clipfs.format.check import check_sections
 from clipfs.format.container import Header
 from clipfs.oci import Digest
@@ -55,7 +54,7 @@ def _with(url: str, options: SourceOptions, act: Callable[[WebFile], Awaitable[T
         finally:
             await web.aclose()
 
-    return trio.run(main)
+    return blocking.run(main)
 
 
 async def _save(web: WebFile, url: str, out: Path) -> None:
