@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from clipfs.format.index import Index
     from clipfs.mounting.mounter import Mount, MountOptions, gc, mount, mounts, unmount, upgrade
     from clipfs.oci import Digest, ImageConfig, Manifest, Platform, Reference
+    from clipfs.sources.fetcher import SourceOptions
 
 _HOME = {
     "AuthError": "errors",
@@ -53,6 +54,7 @@ _HOME = {
     "Platform": "oci",
     "Reference": "oci",
     "SourceError": "errors",
+    "SourceOptions": "sources.fetcher",
     "UsageError": "errors",
     "build": "building.builder",
     "extract": "building.extractor",
@@ -83,6 +85,7 @@ __all__ = [
     "Platform",
     "Reference",
     "SourceError",
+    "SourceOptions",
     "UsageError",
     "build",
     "extract",
