@@ -94,6 +94,13 @@ def single(error: BaseException) -> BaseException:
     return error
 
 
+def sentence(error: BaseException) -> str:
+    """The error for who waits in another process, where it has no traceback."""
+    if isinstance(error, ClipfsError | OSError):
+        return str(error)
+    return f"a bug in clipfs, please report it: {type(error).__name__}: {error}"
+
+
 def printable(text: str) -> str:
     """A stranger's text for a terminal: what that could take for a command of its own is shown, not sent."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

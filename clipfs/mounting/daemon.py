@@ -248,10 +248,10 @@ def _serve(orders: int, answers: int, origin: int | None) -> int:
 
     def on_ready(record: MountRecord) -> None:
         nonlocal ready
+        log.info("serving %s on %s", record.clip, record.mountpoint)
         say("ready", {})
         os.close(answers)
         ready = True
-        log.info("serving %s on %s", record.clip, record.mountpoint)
 
     try:
         _let_go_of_parent({orders, answers} if origin is None else {orders, answers, origin})
@@ -274,18 +274,10 @@ def _serve(orders: int, answers: int, origin: int | None) -> int:
         if not isinstance(error, ClipfsError):
             log.error("the mount on %s has ended", task.get("mountpoint"), exc_info=error)
         if not ready:
-            say("error", _told(error))
+            say("error", (type(error).__name__, errors.sentence(error)))
         return 1
     log.info("unmounted %s", task["mountpoint"])
     return 0
-
-
-def _told(error: BaseException) -> tuple[str, str]:
-    if isinstance(error, ClipfsError):
-        return type(error).__name__, str(error)
-    if isinstance(error, OSError):
-        return "MountError", str(error)
-    return "MountError", f"a bug in clipfs, please report it: {type(error).__name__}: {error}"
 
 
 def _let_go_of_parent(keep: set[int]) -> None:

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from clipfs import log as logs
-from clipfs.errors import ClipfsError
+from clipfs.errors import ClipfsError, sentence
 from clipfs.mounting import kernel
 from clipfs.mounting.control import NUDGE, Channel, Job
 
@@ -54,7 +54,7 @@ def main() -> int:
     except BaseException as error:
         if not isinstance(error, ClipfsError):
             log.error("a worker has ended", exc_info=error)
-        channel.say("failed", kind=type(error).__name__, sentence=told(error))
+        channel.say("failed", kind=type(error).__name__, sentence=sentence(error))
         return 1
     return 0
 
@@ -72,13 +72,6 @@ def _job(channel: Channel) -> Job | None:
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text(str(job.oom))
     return job
-
-
-def told(error: BaseException) -> str:
-    """The error as a sentence."""
-    if isinstance(error, ClipfsError | OSError):
-        return str(error)
-    return f"a bug in clipfs, please report it: {type(error).__name__}: {error}"
 
 
 def _restrict() -> None:
