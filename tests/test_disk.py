@@ -302,6 +302,21 @@ class TestLimit:
         assert not cache.has(digest)
         assert list(cache.stored()) == []
 
+    def test_others_may_write_while_much_is_removed(self, cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whoever keeps something waits for the lock of the total, and an unmount waits for that."""
+        for number in range(5):
+            keep(cache, number)
+        free = []
+
+        def forget(_: bytes) -> None:
+            with open(cache.directory / "total") as total:
+                fcntl.flock(total, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free.append(True)
+
+        monkeypatch.setattr(cache.files, "forget", forget)
+        assert cache.trim(0) == 0
+        assert free == [True] * 5
+
     def test_none_at_all(self, tmp_path: Path) -> None:
         cache = DiskCache(tmp_path, 0)
         digest, _ = keep(cache, 1)

@@ -230,6 +230,8 @@ class DiskCache:
                             part.unlink()
                         finally:
                             claim.release()
+        # Twice: whoever keeps something meanwhile, or ends, waits for the lock, and only the first time takes long.
+        self._evict(limit)
         with self._total() as total:
             total[0] = self._evict(limit)
             return total[0]
