@@ -169,6 +169,22 @@ class TestTokens:
             async with open_source(f"{web.host}/team/app:v1", authfile=path) as own:
                 await own.image()
 
+    async def test_a_helper_that_hangs_does_not_use_up_the_time(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        helper = tmp_path / "docker-credential-hung"
+        helper.write_text("#!/bin/sh\nexec sleep 60\n")
+        helper.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+        authfile = tmp_path / "auth.json"
+        authfile.write_text('{"credsStore": "hung"}')
+        async with (
+            serving(token_server()) as tokens,
+            registry(wants_token(tokens, {"token-1"})) as (_, web),
+            open_source(f"{web.host}/team/app:v1", authfile=authfile, timeout=9) as own,
+        ):
+            assert await own.read_range(BLOB, 0, 5) == LAYER[:5]
+
     async def test_an_expired_token_is_renewed_once_for_all(self) -> None:
         good = {"token-1"}
         async with serving(token_server()) as tokens, registry(wants_token(tokens, good)) as (source, _):
@@ -233,7 +249,7 @@ class TestTokens:
             return Answer(200, b'{"token": "t"}')
 
         log_in(tmp_path, "registry.example")
-        authorizer = Authorizer("registry.example", "app", None, ask)
+        authorizer = Authorizer("registry.example", "app", None, ask, 1)
         renew = partial(authorizer.renew, [f'Bearer realm="{realm}"'], origin, None)
         if good:
             await renew()

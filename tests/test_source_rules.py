@@ -147,6 +147,7 @@ class TestDeadlines:
     def test_parts(self) -> None:
         usual, short = Deadlines(), Deadlines(9.0)
         assert (usual.total, usual.attempt_for(0), usual.silence, usual.connect) == (90, 30, 20, 10)
+        assert (usual.helper, short.helper) == (15, 1.5)
         assert (short.total_for(0), short.attempt_for(0), short.silence, short.connect) == (9, 3, 2, 1)
         # 1 MiB more takes 8 s on a line of 1 Mbit/s, and a tenth of it when all is ten times as fast.
         assert usual.total_for(1 << 20) == 98

@@ -74,12 +74,14 @@ def parse_challenges(header: str) -> list[Challenge]:
 class Authorizer:
     """The Authorization header for pulling from one repository of one registry. `header` is None until it is needed."""
 
-    def __init__(self, host: str, repository: str, authfile: Path | None, ask: Ask) -> None:
+    def __init__(self, host: str, repository: str, authfile: Path | None, ask: Ask, patience: float) -> None:
+        """patience: seconds to wait for a credential helper."""
         self.header: str | None = None
         self._host = host
         self._repository = repository
         self._authfile = authfile
         self._ask = ask
+        self._patience = patience
         self._known: Credentials | None = None
         self._challenges: Sequence[str] = ()
         self._lock = trio.Lock()
@@ -96,7 +98,7 @@ class Authorizer:
             challenges = self._challenges = challenges or self._challenges
             offered = {each.scheme: each for header in challenges for each in parse_challenges(header)}
             self._known = known = await trio.to_thread.run_sync(
-                credentials.find, self._host, self._repository, self._authfile, abandon_on_cancel=True
+                credentials.find, self._host, self._repository, self._authfile, self._patience, abandon_on_cancel=True
             )
             if "bearer" in offered:
                 self.header = "Bearer " + await self._token(offered["bearer"].parameters, origin, known)

@@ -20,8 +20,6 @@ from clipfs.fields import Fields
 
 _log = logging.getLogger(__name__)
 
-# Keychains may ask the user; who has not answered by then is not there, and somebody waits for a read.
-_HELPER_SECONDS = 15
 _MAX_FILE = 4 << 20
 # Docker's own registry goes by many names, and `docker login` writes the oldest.
 _DOCKER_HUB = ("docker.io", "index.docker.io", "registry-1.docker.io")
@@ -43,11 +41,14 @@ class Credentials:
         return "Basic " + base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
 
 
-def find(host: str, repository: str, authfile: Path | None = None) -> Credentials | None:
-    """What is known for a repository, the most specific first. UsageError for a named file that cannot be used."""
+def find(host: str, repository: str, authfile: Path | None = None, patience: float = 15.0) -> Credentials | None:
+    """What is known for a repository, the most specific first. UsageError for a named file that cannot be used.
+
+    patience: seconds that a helper is given. It may ask the user, and somebody may be waiting for a read.
+    """
     for path, demanded in _files(authfile):
         config = _load(path, demanded)
-        if config is not None and (found := _in_config(config, host, repository)):
+        if config is not None and (found := _in_config(config, host, repository, patience)):
             return found
     return None
 
@@ -79,13 +80,13 @@ def _load(path: Path, demanded: bool) -> Fields | None:
     return None
 
 
-def _in_config(config: Fields, host: str, repository: str) -> Credentials | None:
+def _in_config(config: Fields, host: str, repository: str, patience: float) -> Credentials | None:
     """One file's answer. As in Docker, a helper comes before what is written in the file itself."""
     try:
         keys = _keys(host, repository)
         helpers = {_bare(key): helper for key, helper in config.mapping("credHelpers").items()}
         helper = next((helpers[key] for key in keys if key in helpers), config.text("credsStore", ""))
-        if helper and (found := _ask(helper, _HUB_KEY if host in _DOCKER_HUB else host)):
+        if helper and (found := _ask(helper, _HUB_KEY if host in _DOCKER_HUB else host, patience)):
             return found
         auths = config.child("auths")
         # Docker's login by browser keeps tokens of its own below the address that the login itself is kept by.
@@ -123,17 +124,17 @@ def _entry(entry: Fields) -> Credentials | None:
     return Credentials(user, password, token) if token or user else None
 
 
-def _ask(helper: str, server: str) -> Credentials | None:
+def _ask(helper: str, server: str, patience: float) -> Credentials | None:
     """Ask ``docker-credential-HELPER get``. A helper that fails leaves the user anonymous, with a word in the log."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", helper):
         raise UsageError(f"the credentials file names a credential helper {helper!r}, which is no program's name")
     program = f"docker-credential-{helper}"
     try:
         done = subprocess.run(
-            [program, "get"], input=server.encode(), capture_output=True, timeout=_HELPER_SECONDS, check=False
+            [program, "get"], input=server.encode(), capture_output=True, timeout=patience, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        reason = f"no answer in {_HELPER_SECONDS} s" if isinstance(error, subprocess.TimeoutExpired) else error.strerror
+        reason = f"no answer in {patience:.3g} s" if isinstance(error, subprocess.TimeoutExpired) else error.strerror
         _log.warning("%s gave no credentials for %s: %s", program, server, reason)
         return None
     if done.returncode != 0:

@@ -91,6 +91,11 @@ class Deadlines:
         return self.total * 2 / 9
 
     @property
+    def helper(self) -> float:
+        """For a credential helper: half an attempt, so that there is time to go on without one that hangs."""
+        return self.total / 6
+
+    @property
     def connect(self) -> float:
         """TCP gives a lost SYN three tries in 7 s, so 10 s is "nobody there"."""
         return self.total / 9

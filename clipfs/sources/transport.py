@@ -64,7 +64,7 @@ class Transport:
         self._insecure = insecure
         self._ca = ca
         self._deadlines = deadlines
-        self._authorizer = Authorizer(host, repository, authfile, self._ask)
+        self._authorizer = Authorizer(host, repository, authfile, self._ask, deadlines.helper)
         # Docker Hub's API lives under another name than its images.
         self._server = "registry-1.docker.io" if host == "docker.io" else host
         self._connections: Connections | None = None
