@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import pytest
 
@@ -565,6 +565,15 @@ def test_fuse_when_nothing_else_will_do(
         clipfs.mount(large, mountpoint, MountOptions(view="kernel"))
     assert loops() == []
     assert clipfs.mounts() == []
+
+
+def test_a_machine_without_fuse(large: Path, mountpoint: Path, view: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(*_: object) -> NoReturn:
+        raise FileNotFoundError(2, "No such file or directory", "/dev/fuse")
+
+    monkeypatch.setattr(connection, "detached", without)
+    with pytest.raises(MountError, match=r"on .*: /dev/fuse: No such file or directory"):
+        clipfs.mount(large, mountpoint, MountOptions(view=view))
 
 
 def loops() -> list[str]:

@@ -82,8 +82,7 @@ def _fuse(plan: Plan, begin: Callable[[Connection, str], Child], deadline: float
             undo.callback(os.close, mount)
         except OSError as error:
             if os.geteuid() == 0 and error.errno not in (errno.EPERM, errno.ENOSYS):
-                where = f"{error.filename}: " if error.filename else ""
-                raise MountError(f"cannot mount on {plan.mountpoint}: {where}{error.strerror}") from error
+                raise MountError(f"cannot mount on {plan.mountpoint}: {_said(error)}") from error
             conn = connection.by_fusermount(plan.name, plan.mountpoint, plan.options)
             undo.failed.callback(mountinfo.detach_dead, plan.mountpoint, "")
         undo.failed.callback(conn.close)
@@ -116,7 +115,7 @@ def _kernel(plan: Plan, begin: Callable[[Connection, str], Child], deadline: flo
             # For nobody's eyes: what users may do is EROFS's affair.
             conn, mount = connection.detached(plan.name, MountOptions(allow_other=False, noexec=True))
         except OSError as error:
-            raise UnsuitableError(f"{error.strerror}") from None
+            raise UnsuitableError(_said(error)) from None
         undo.callback(os.close, mount)
         undo.failed.callback(conn.close)
         child = begin(conn, "kernel")
@@ -136,6 +135,10 @@ def _kernel(plan: Plan, begin: Callable[[Connection, str], Child], deadline: flo
 
         device = _guarded(attach, child, deadline)
     return Made(conn, child, "kernel", device)
+
+
+def _said(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror}"
 
 
 @contextmanager
