@@ -135,6 +135,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _directory(text: str) -> Path:
+    """A variable of a shell that is not set does not mean the working directory, as a path without a word would."""
+    if not text:
+        raise argparse.ArgumentTypeError("it has no name")
+    return Path(text)
+
+
 Commands = argparse._SubParsersAction  # noqa: SLF001  argparse gives the type no public name
 
 
@@ -219,7 +226,7 @@ def _add_image_commands(commands: Commands[_Parser]) -> None:
 
     parser = _command(commands, "extract", "data", "unpack a whole image into a directory")
     parser.add_argument("target", metavar="X", help=_X)
-    parser.add_argument("directory", metavar="DIR", type=Path, help="an empty or a new one")
+    parser.add_argument("directory", metavar="DIR", type=_directory, help="an empty or a new one")
     _add_source_options(parser, reads=True)
 
 
@@ -228,7 +235,7 @@ def _add_mount_commands(commands: Commands[_Parser]) -> None:
         commands, "mount", "mount", "mount an image on a directory", epilog=texts.MOUNT_OPTIONS + texts.IMAGE_NAMES
     )
     parser.add_argument("target", metavar="X", help=_X)
-    parser.add_argument("directory", metavar="DIR", type=Path, help="where; it must exist")
+    parser.add_argument("directory", metavar="DIR", type=_directory, help="where; it must exist")
     parser.add_argument(
         "-o", dest="options", metavar="OPTS", default="", help="separated by commas; they are listed below"
     )
@@ -237,12 +244,14 @@ def _add_mount_commands(commands: Commands[_Parser]) -> None:
     _add_cache_options(parser)
 
     parser = _command(commands, "umount", "mounts", "unmount what `clipfs mount` mounted", epilog="")
-    parser.add_argument("directory", metavar="DIR", type=Path, help="where it is mounted")
+    parser.add_argument("directory", metavar="DIR", type=_directory, help="where it is mounted")
 
     parser = _command(
         commands, "upgrade", "mounts", "serve a mount by a new process of the version installed now", epilog=""
     )
-    parser.add_argument("directory", metavar="DIR", type=Path, help="where it is mounted; its readers notice nothing")
+    parser.add_argument(
+        "directory", metavar="DIR", type=_directory, help="where it is mounted; its readers notice nothing"
+    )
 
     parser = _command(commands, "gc", "mounts", "clean up what killed processes left behind", epilog="")
     parser.add_argument("--base", type=Path, metavar="DIR", help="where containers live (default: as `clipfs run`)")
