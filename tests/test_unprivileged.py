@@ -251,6 +251,22 @@ def test_what_fusermount_refuses_is_told_in_its_words(home: Path) -> None:
     assert "cannot mount on" in absent
 
 
+def test_what_fusermount_refuses_of_a_name_that_is_no_text(home: Path) -> None:
+    done = shell(
+        home,
+        """
+        odd="home/$(printf '\\377')"
+        $nobody mkdir "$odd"
+        $nobody "$python" -m clipfs mount small.clip "$odd"
+        $nobody sh -c 'exec 3<"$2/hello"; "$1" -m clipfs umount "$2"; echo $?' sh "$python" "$odd"
+        $nobody "$python" -m clipfs umount "$odd"; echo $?
+        """,
+    )
+    assert done.stdout.split() == ["32", "0"]
+    assert done.stderr.count("\n") == 1
+    assert "\\xff: Device or resource busy" in done.stderr
+
+
 def test_a_line_of_fstab_that_says_user(home: Path) -> None:
     """mount(8) drops its privileges before it starts us; umount(8) knows whose mount it is by the kernel's word."""
     (home.parent / "fstab").write_text(f"{home.parent}/small.clip {home}/mnt clipfs user,noauto,_netdev 0 0\n")

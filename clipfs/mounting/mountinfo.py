@@ -161,7 +161,13 @@ def _fusermount(mountpoint: str, lazily: bool) -> None:
     command = ["fusermount3", "-u", *(["-z"] if lazily else []), "--", mountpoint]
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_FUSERMOUNT_SECONDS, check=False
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="backslashreplace",  # it names the mountpoint
+            timeout=_FUSERMOUNT_SECONDS,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise MountError(f"cannot unmount {mountpoint}: {error}") from error
