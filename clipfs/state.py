@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -204,7 +205,7 @@ def remove_unrecorded() -> None:
 @contextmanager
 def asking(process: Process) -> Iterator[int]:
     """A pipe on which `process` will say how it has ended, what it is about to be asked for: see `answer`."""
-    path = _mounts_dir() / f"{process}.{Process.current()}.asked"
+    path = _mounts_dir() / f"{process}.{Process.current()}.{threading.get_native_id()}.asked"
     os.mkfifo(path, 0o600)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

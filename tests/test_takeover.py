@@ -392,6 +392,14 @@ def test_the_command_and_the_signal(large: Path, mountpoint: Path) -> None:
     assert "there is no clipfs mount" in done.stderr
 
 
+def test_several_may_ask_for_an_upgrade_at_once(large: Path, mountpoint: Path) -> None:
+    with clipfs.mount(large, mountpoint, FRESH) as mounted, ThreadPoolExecutor(3) as pool:
+        first = worker_of(mounted)
+        for done in [pool.submit(mounted.upgrade) for _ in range(3)]:
+            done.result(SECONDS)
+        assert worker_of(mounted) != first
+
+
 def test_a_new_worker_that_cannot_start_changes_nothing(
     large: Path, content: bytes, mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
