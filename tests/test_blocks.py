@@ -596,3 +596,19 @@ class TestCounters:
             shown = await trio.run_process(command, capture_stdout=True)
             assert f"'bytes_served': {expected['bytes_served']},".encode() in shown.stdout
             counters.close()
+
+    async def test_what_came_before_the_link_broke_has_come(self, index: FakeIndex) -> None:
+        come = GZIP.spans[2].start + 10
+
+        class Breaking(FakeFetcher):
+            async def fetch_into(self, layer: int, start: int, end: int, sink: Callable[[bytes], object]) -> None:
+                sink((await self.fetch(layer, start, end))[: come - start])
+                raise SourceError("the registry is away")
+
+        async with reading(index, Breaking(index)) as reader:
+            with pytest.raises(SourceError, match="away"):
+                await reader.read(0, GZIP.spans[2].position + 1)
+            assert reader.try_read(GZIP.spans[1].position, 10) is not None
+        numbers = reader.counters.asdict()
+        assert (numbers["spans_decoded"], numbers["fetches"]) == (2, 1)
+        assert numbers["bytes_fetched"] == come - GZIP.spans[0].start

@@ -80,17 +80,21 @@ class Carrier:
                     nursery.start_soon(decode_it, arrival)
 
     async def _fetch(self, arrival: Arrival, group: list[Flight], why: str) -> None:
-        """Have these bytes come. An error is for those who wait for them."""
-        layer = group[0].layer
+        """Have these bytes come. An error is for those who wait for them; what came before it has been fetched."""
+        layer, error = group[0].layer, None
         try:
             await self._fetcher.fetch_into(layer, arrival.start, arrival.end, arrival.add)
-        except Exception as error:  # noqa: BLE001  raised again by everybody who waits
-            arrival.close(error)
-            return
-        arrival.close()
+        except Exception as raised:  # noqa: BLE001  raised again by everybody who waits
+            error = raised
+        arrival.close(error)
         size, seconds = arrival.come - arrival.start, time.monotonic() - arrival.asked
+        if error is None:
+            self.link.note(size, min(arrival.delay, seconds), seconds)
+        elif not size:
+            return
+        else:
+            group = [flight for flight in group if flight.span.end <= arrival.come] or group[:1]
         wanted = max((flight.span.end for flight in group if flight.wanted), default=0)
-        self.link.note(size, min(arrival.delay, seconds), seconds)
         self._counters.fetched(size, ahead=min(size, max(0, arrival.come - wanted)))
         self._journal.fetched(layer, group[0].number, group[-1].number, size, seconds, why)
 
