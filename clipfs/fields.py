@@ -59,7 +59,7 @@ class Fields:
     def mapping(self, key: str) -> dict[str, str]:
         """An object of strings."""
         where = f"{self.where}: {key}"
-        return {name: _text(value, where) for name, value in self.child(key).value.items()}
+        return {name: _text(value, where) for name, value in self.child(key).value.items() if value is not None}
 
     def child(self, key: str) -> Fields:
         """An object; an empty one if it is not there."""

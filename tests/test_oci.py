@@ -298,6 +298,10 @@ class TestConfig:
         config = ImageConfig.parse(packed({"rootfs": {"diff_ids": None}, "config": {"Env": None, "Volumes": None}}))
         assert (config.os, config.diff_ids, config.env, config.volumes) == ("linux", (), (), ())
         assert ImageConfig.parse(packed({"config": None})).cmd == ()
+        labels = {"none": None, "k": "v"}
+        assert ImageConfig.parse(packed({"config": {"Labels": labels}})).labels == {"k": "v"}
+        parsed = Manifest.parse(packed(manifest(layers=[described(annotations=labels)])))
+        assert parsed.layers[0].annotations == {"k": "v"}
 
     def test_old_docker_wrote_commands_as_strings(self) -> None:
         assert ImageConfig.parse(packed({"config": {"Cmd": "sh"}})).cmd == ("sh",)
