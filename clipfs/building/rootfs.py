@@ -2,7 +2,8 @@
 
 Everything is reached by descriptor from the top, ``O_NOFOLLOW`` at every step, so that no link in it leads out of it.
 Names come in order and holes are where the zeros are, wherever the file system has put them, so that equal trees look
-equal. What is mounted below the top is left out.
+equal. What is in directories of other file systems is left out. Of other mounts nothing is known: a file that is
+mounted on another is taken for it.
 """
 
 from __future__ import annotations
