@@ -20,8 +20,10 @@ import zstandard
 import clipfs
 from clipfs import ClipfsError, ImageError, Index, IntegrityError, SourceError, UsageError
 from clipfs.layers import bounds
+from clipfs.oci import Descriptor
 from clipfs.sources import open_source
-from clipfs.sources.base import Source
+from clipfs.sources.base import LocalBlob, Source
+from clipfs.sources.layout import LayoutSource
 from tests.builds import Elsewhere, Recorder, indexed, layers, spools, three_layers
 from tests.images import Compression, LayoutBuilder, Tar
 from tests.mounts import SECONDS, files
@@ -165,6 +167,20 @@ def refused(name: str, directory: Path, kind: type[ClipfsError], *words: str) ->
             assert word in str(caught.value)
         assert files(directory / "cache") == []
     assert [(path.name, path.read_bytes()) for path in out.iterdir()] == [("old.clip", b"as it was")]
+
+
+def test_a_disk_that_fails_is_a_source_that_does(image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first page of a process is nobody's memory: reading it is an I/O error, as a bad sector is."""
+    real = LayoutSource.local
+
+    def failing(source: LayoutSource, blob: Descriptor) -> LocalBlob:
+        found = real(source, blob)
+        return found._replace(path=Path("/proc/self/mem")) if "layer" in blob.media_type else found
+
+    monkeypatch.setattr(LayoutSource, "local", failing)
+    said = "^cannot read layer sha256:[0-9a-f]{64} in /proc/self/mem: Input/output error$"
+    with pytest.raises(SourceError, match=said):
+        clipfs.build(image, tmp_path / "x.clip")
 
 
 def test_what_all_layers_say_is_bounded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,6 +138,9 @@ def index_layer(
             # A damaged download breaks the decoder first; the digest tells damage from malice.
             _demand(whole.result(), blob.digest, f"layer {blob.digest}")
             raise error.within(blob.digest) from None
+        except OSError as error:
+            given_up.set()
+            raise SourceError(f"cannot read layer {blob.digest} in {local.path}: {error.strerror}") from error
         except BaseException:
             given_up.set()
             raise
