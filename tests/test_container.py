@@ -38,6 +38,19 @@ def test_names_that_will_do(base: Path, name: str) -> None:
     assert not container.path.exists()
 
 
+@pytest.mark.parametrize("umask", [0, 0o077])
+def test_who_may_look_into_it_is_not_the_umasks_affair(tmp_path: Path, umask: int) -> None:
+    """Nobody into where containers are; but those inside, whoever they are, into their /etc/hosts."""
+    base, before = tmp_path / "new" / "base", os.umask(umask)
+    try:
+        with Container.create(base) as container:
+            container.write_hosts("web")
+            assert base.stat().st_mode & 0o777 == 0o700
+            assert container.hosts.stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(before)
+
+
 @pytest.mark.parametrize(
     "name",
     [

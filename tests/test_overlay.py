@@ -135,16 +135,19 @@ def test_the_log_line(lower: Path, base: Path, caplog: pytest.LogCaptureFixture)
         assert "mounted layer container_id=web layer_index=0" in caplog.messages
 
 
-def test_redirects_and_metacopies_of_an_image_are_not_followed(lower: Path, base: Path) -> None:
-    """Xattrs by which one directory could show another's content, and a file another's attributes."""
+@pytest.mark.usefixtures("way")
+def test_redirects_and_metacopies_of_an_image_are_not_followed(lower: Path, base: Path, tmp_path: Path) -> None:
+    """Xattrs by which one directory could show another's content, and a file another's attributes: from one lower into
+    the next."""
     (lower / "secret").mkdir()
     (lower / "secret" / "key").write_text("key")
-    (lower / "public").mkdir()
-    os.setxattr(lower / "public", "trusted.overlay.redirect", b"/secret")
-    (lower / "file").write_text("own")
-    os.setxattr(lower / "file", "trusted.overlay.metacopy", b"")
-    os.setxattr(lower / "file", "trusted.overlay.redirect", b"/secret/key")
-    with ContainerOverlay("web", lower, base) as overlay:
+    top = tmp_path / "top"
+    (top / "public").mkdir(parents=True)
+    os.setxattr(top / "public", "trusted.overlay.redirect", b"/secret")
+    (top / "file").write_text("own")
+    os.setxattr(top / "file", "trusted.overlay.metacopy", b"")
+    os.setxattr(top / "file", "trusted.overlay.redirect", b"/secret/key")
+    with ContainerOverlay("web", [top, lower], base) as overlay:
         # To refuse it altogether is as good; kernels differ.
         with contextlib.suppress(PermissionError):
             assert os.listdir(overlay.merged / "public") == []
@@ -152,6 +155,7 @@ def test_redirects_and_metacopies_of_an_image_are_not_followed(lower: Path, base
             assert (overlay.merged / "file").read_text() == "own"
 
 
+@pytest.mark.usefixtures("way")
 def test_device_files_open_nothing(lower: Path, base: Path) -> None:
     os.mknod(lower / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
     with ContainerOverlay("web", lower, base) as overlay, pytest.raises(PermissionError):
