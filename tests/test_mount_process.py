@@ -64,6 +64,16 @@ def foreground(here: Path, *options: str, clip: str = "x.clip") -> Iterator[subp
 # --- what it lets go of
 
 
+def test_a_log_is_for_nobody_else(here: Path) -> None:
+    """It tells what is mounted where, and of which files reads have failed."""
+    umask = os.umask(0)
+    try:
+        with clipfs.mount("x.clip", "mnt", clipfs.MountOptions(log=here / "log")):
+            assert (here / "log").stat().st_mode & 0o777 == 0o600
+    finally:
+        os.umask(umask)
+
+
 def test_whoever_reads_our_output_sees_its_end(here: Path) -> None:
     """The pipes of `clipfs mount`, one more that it was handed, and the working directory are all free afterwards."""
     reading, writing = os.pipe()
