@@ -470,6 +470,24 @@ def test_extents_that_cannot_be(tmp_path: Path, extents: list[Extent]) -> None:
     assert "extent" in verdict(tmp_path / "x.clip", write_clip(tmp_path / "y.clip", built).read_bytes())
 
 
+def test_names_that_go_down_from_one_block_to_the_next(tmp_path: Path) -> None:
+    """Whoever looks a name up goes by the first of each block."""
+    tree = TreeBuilder()
+    for number in range(100):
+        tree.file(b"dir/%03d-%s" % (number, b"x" * 60), b"")
+    clip = write_clip(tmp_path / "y.clip", tree.finish()).read_bytes()
+    with Index.open(tmp_path / "y.clip") as index:
+        node = index.inode(index.resolve(b"dir"))
+        names, _, _ = index._tree.dirents(node, index._tree.content(node), 1)
+    assert names[0] > b"000"
+
+    def change(content: bytearray) -> None:
+        at = content.index(names[0])
+        content[at : at + 3] = b"000"
+
+    assert "not in order" in verdict(tmp_path / "x.clip", forge(clip, Kind.EROFS, change))
+
+
 _GOOD = [Span(0, 10, 0, 5, bytes(32)), Span(10, 20, 5, 5, bytes(32))]
 
 
