@@ -130,6 +130,26 @@ def test_copies_of_this_boot_stay_whoever_made_room_for_them(here: Path, monkeyp
         assert (directory / "another").exists()
 
 
+def test_of_old_copies_the_one_goes_that_was_not_used_for_longest(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = [here]
+    for name in (b"other", b"third"):
+        tree = TreeBuilder()
+        tree.file(name)
+        clips.append(write_clip(tmp_path / f"{name.decode()}.clip", tree.finish()))
+    paths = []
+    for clip in clips[:2]:
+        with checked(clip) as (_, path, _):
+            paths.append(path)
+            os.utime(path, (len(paths), len(paths)))
+    with checked(here):
+        pass
+    monkeypatch.setattr(module, "_KEPT", os.stat(paths[0]).st_blocks * 512 + clips[2].stat().st_size)
+    with checked(clips[2]) as (_, path, _):
+        assert {str(copy) for copy in copies()} == {paths[0], path}
+
+
 def test_old_copies_make_room(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is mounted lives on without its name."""
     other, right = write_clip(tmp_path / "other.clip", TreeBuilder().finish()), here.read_bytes()

@@ -319,6 +319,17 @@ class TestTurns:
             await ask_all()
         assert "".join(asked) == "abm" + 3 * "mab"
 
+    async def test_who_gets_on_may_fail_now_and_then(self, autojump_clock: trio.testing.MockClock) -> None:
+        turns = Turns([Server("main")], "blob", 0, Deadlines(3600))
+        for _ in range(10):
+            for _ in range(3):
+                await turns.failed(Transient("down"))
+            turns.progressed()
+        for _ in range(3):
+            await turns.failed(Transient("down"))
+        with pytest.raises(SourceError, match="down"):
+            await turns.failed(Transient("down"))
+
     async def test_a_distrusted_place_comes_last_for_a_while(self, autojump_clock: trio.testing.MockClock) -> None:
         places = [Server("a"), Server("main")]
         places[0].distrust()

@@ -379,6 +379,20 @@ def test_gc_does_not_take_a_new_mount_for_the_dead_one_before_it(clip: Path, mou
         assert (mountpoint / "hello").read_text() == "hello\n"
 
 
+def test_gc_spares_what_answers_although_it_looks_like_what_has_died(clip: Path, mountpoint: Path) -> None:
+    """In the same place, with the same device number, and served by somebody of whom there is no record."""
+    with clipfs.mount(clip, mountpoint, MountOptions(view="fuse")) as living:
+        record = record_of(living)
+        dead = replace(record, process=replace(record.process, started=1), worker=None)
+        record.counters.with_suffix(".json").unlink()
+        dead.save()
+        try:
+            assert clipfs.gc() == [dead]
+            assert (mountpoint / "hello").read_text() == "hello\n"
+        finally:
+            record.save()
+
+
 def test_eight_at_a_time_and_twenty_in_a_row_leave_nothing(clip: Path, mountpoint: Path, tmp_path: Path) -> None:
     places = [tmp_path / f"place {number}" for number in range(8)]
     for place in places:
