@@ -19,6 +19,8 @@ from clipfs.errors import ClipfsError, ImageError, IntegrityError, SourceError, 
 from clipfs.oci import OCI_INDEX, OCI_MANIFEST, Descriptor, Digest, Platform
 from clipfs.sources import Source, open_source
 from clipfs.sources.archive import Archive
+from clipfs.sources.base import LocalBlob, read_file
+from clipfs.sources.layout import LayoutSource
 from tests import tars
 from tests.images import LayoutBuilder
 
@@ -234,6 +236,28 @@ class TestLayout:
             os.mkfifo(path)
             with trio.fail_after(5), pytest.raises(SourceError, match="not a regular file"):
                 await source.read_range(blob, 0, 10)
+
+    async def test_what_becomes_another_between_look_and_read_is_refused(
+        self, layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        look = LayoutSource.local
+
+        def then_cut_off(source: LayoutSource, blob: Descriptor) -> LocalBlob:
+            found = look(source, blob)
+            os.truncate(found.path, 9)
+            return found
+
+        async with open_source(f"oci:{layout}") as source:
+            blob = (await source.image()).manifest.layers[0]
+            monkeypatch.setattr(LayoutSource, "local", then_cut_off)
+            with pytest.raises(SourceError, match="ends before the last byte"):
+                await source.read_range(blob, 0, 10)
+        pipe, link = tmp_path / "pipe", tmp_path / "link"
+        os.mkfifo(pipe)
+        link.symlink_to(layout / "index.json")
+        for path, why in ((pipe, "not a regular file"), (link, "symbolic links"), (Path("/dev/zero"), "not a regular")):
+            with pytest.raises(SourceError, match=why):
+                read_file(path, 0, 10)
 
     async def test_sizes_and_ranges_are_checked(self, layout: Path) -> None:
         async with open_source(f"oci:{layout}") as source:
