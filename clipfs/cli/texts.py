@@ -7,7 +7,7 @@ An image is named as skopeo names it:
   docker://HOST/REPO[:TAG|@DIGEST]   a registry; a bare reference such as debian:12 means this
   oci:DIR[:TAG]                      an OCI image layout
   oci-archive:FILE[:TAG]             the same in a tar file
-  docker-archive:FILE[:TAG]          what `docker save` writes
+  docker-archive:FILE[:NAME[:TAG]]   what `docker save` writes
 """
 
 IMAGE_NAMES = f"""\
