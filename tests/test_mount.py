@@ -166,6 +166,16 @@ def test_options_without_sense_are_refused(clip: Path, mountpoint: Path, option:
         clipfs.mount(clip, mountpoint, MountOptions(**option))
 
 
+@pytest.mark.parametrize("name", ["CLIPFS_TIMEOUT", "CLIPFS_VIEW"])
+def test_variables_without_sense_are_refused(
+    clip: Path, mountpoint: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: a deadline is not needed before the first read, which would be too late to say so."""
+    monkeypatch.setenv(name, "90s")
+    with pytest.raises(UsageError, match=f"{name} is .*not '90s'"):
+        clipfs.mount(clip, mountpoint)
+
+
 # --- how mounts end
 
 

@@ -78,11 +78,13 @@ class MountOptions:
         """The same for a process in another directory: all paths are absolute. UsageError for what has no sense."""
         view(self.view)
         log_format(self.log_format)
-        if self.timeout is not None:
-            timeout(str(self.timeout))
         values: dict[str, Any] = {
             name: value.absolute() for name, value in asdict(self).items() if isinstance(value, Path)
         }
+        if self.timeout is not None:
+            timeout(str(self.timeout))
+        elif text := os.environ.get("CLIPFS_TIMEOUT"):
+            values["timeout"] = timeout(text, "CLIPFS_TIMEOUT")
         if self.prefetch not in _PREFETCH:
             values["prefetch"] = str(Path(self.prefetch).absolute())
         if self.metrics is not None:
@@ -177,21 +179,21 @@ def parse(text: str, *, sloppy: bool = False) -> Parsed:
     return Parsed(options, remount, writable, nofail, frozenset(fields))
 
 
-def view(text: str) -> str:
-    """``auto``, ``kernel`` or ``fuse``."""
+def view(text: str, what: str = "view") -> str:
+    """``auto``, ``kernel`` or ``fuse``. UsageError says `what` should be that."""
     if text not in ("auto", "kernel", "fuse"):
-        raise UsageError(f"view is auto, kernel or fuse, not '{text}'")
+        raise UsageError(f"{what} is auto, kernel or fuse, not '{text}'")
     return text
 
 
-def timeout(text: str) -> float:
-    """Seconds, above 0 and up to an hour."""
+def timeout(text: str, what: str = "timeout") -> float:
+    """Seconds, above 0 and up to an hour. UsageError says `what` should be that."""
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds <= _LONGEST_TIMEOUT:
-        raise UsageError(f"timeout is the number of seconds that a read may take, up to 3600, not '{text}'")
+        raise UsageError(f"{what} is the number of seconds that a read may take, up to 3600, not '{text}'")
     return seconds
 
 

@@ -62,7 +62,7 @@ def make(plan: Plan, begin: Callable[[Connection, str], Child], seconds: float) 
     deadline = time.monotonic() + seconds
     wanted = plan.options.view
     if wanted == "auto" and (preferred := os.environ.get("CLIPFS_VIEW")):
-        wanted = view(preferred)
+        wanted = view(preferred, "CLIPFS_VIEW")
     if wanted != "fuse":
         try:
             return _kernel(plan, begin, deadline)
