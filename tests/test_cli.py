@@ -137,6 +137,12 @@ class TestLook:
         assert facts["config"]["cmd"] == ["/bin/id"]
         assert [layer["codec"] for layer in facts["layers"]] == ["gzip"]
 
+    def test_inspect_names_the_variant(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "root").mkdir()
+        clipfs.pack(tmp_path / "root", tmp_path / "x.clip", platform=clipfs.Platform.parse("linux/arm/v6"))
+        assert main(["inspect", "--json", str(tmp_path / "x.clip")]) == 0
+        assert json.loads(capsys.readouterr().out)["platform"] == "linux/arm/v6"
+
     def test_ls(self, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["ls", str(clip)]) == 0
         assert capsys.readouterr().out.split() == ["big", "bin", "hello", "secret", "usr", "zero"]

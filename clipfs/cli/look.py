@@ -52,7 +52,7 @@ def _facts(index: Index) -> dict[str, Any]:
         "source": index.source,
         "packed": index.carries_data,
         "manifest": str(index.manifest.digest),
-        "platform": f"{config.os}/{config.architecture}",
+        "platform": str(config.platform),
         "inodes": index.inodes,
         "data_size": index.data_size,
         "config": {
