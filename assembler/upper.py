@@ -4,7 +4,8 @@ A read-only lower cannot grow ``/proc``, and a runtime that finds it missing fai
 whatever the lower is, the upper is given these directories first, and the merged view has them from its first moment.
 
 What the lower has is copied as it is: mode, owner, xattrs and times of every directory on the way. A link stays the
-link it is, and the place it leads to (inside the root) is seeded instead. Does not know how overlays are mounted.
+link it is, and the place it leads to (inside the root) is seeded instead; only where a runtime makes things itself is
+none allowed. Does not know how overlays are mounted.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from assembler.beneath import locate, opened, opened_root
 REQUIRED = {"workspace": 0o755, "volumes": 0o755, "proc": 0o555, "sys": 0o555, "dev": 0o755, "tmp": 0o1777}
 _DEFAULT_MODE = 0o755
 
+# What a runtime makes in them it makes by a path of the host, where a link of the image leads out of the root.
+_NO_LINKS = ("proc", "sys", "dev")
+
 # Overlayfs' own marks. A lower that brings some was not made by this overlay, and must not speak in its name.
 _OVERLAY_XATTRS = ("trusted.overlay.", "user.overlay.")
 _OPAQUE = "trusted.overlay.opaque"
@@ -35,6 +39,7 @@ _KINDS = {
     stat.S_IFBLK: "a block device",
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a symbolic link",
 }
 
 
@@ -48,6 +53,8 @@ def seed(view: Path, upper: Path, extra: Sequence[str] = (), on_step: Callable[[
     with opened_root(view) as source, opened_root(upper) as target:
         seeding = _Seeding(source, target, on_step)
         seeding.copy(())
+        for name in _NO_LINKS:
+            seeding.check_kind((os.fsencode(name),))
         for name in dict.fromkeys([*REQUIRED, *extra]):
             if len(os.fsencode(name)) > _MAX_PATH:
                 raise _in_the_way(f"{name[:40]}…", f"no path on Linux is longer than {_MAX_PATH} bytes")
@@ -84,7 +91,7 @@ class _Seeding:
         self.on_step()
         if names in self.times:
             return
-        self._check_kind(names)
+        self.check_kind(names)
         with opened(self.view, names, flags=os.O_RDONLY) as source:
             info = os.fstat(source)
             self.times[names] = (info.st_atime_ns, info.st_mtime_ns)
@@ -101,11 +108,15 @@ class _Seeding:
             with opened(self.upper, names, flags=os.O_RDONLY) as target:
                 os.utime(target, ns=times)
 
-    def _check_kind(self, names: tuple[bytes, ...]) -> None:
+    def check_kind(self, names: tuple[bytes, ...]) -> None:
+        """ImageError if the view has something else there than a directory."""
         if not names:
             return
         with opened(self.view, names[:-1]) as parent:
-            mode = os.stat(names[-1], dir_fd=parent, follow_symlinks=False).st_mode
+            try:
+                mode = os.stat(names[-1], dir_fd=parent, follow_symlinks=False).st_mode
+            except FileNotFoundError:
+                return
         if not stat.S_ISDIR(mode):
             where = os.fsdecode(b"/" + b"/".join(names))
             raise _in_the_way(where, f"the image has {_KINDS.get(stat.S_IFMT(mode), 'something else')} there")

@@ -141,6 +141,15 @@ def test_a_link_stays_and_its_target_is_seeded(lower: Path, upper: Path, target:
     assert {path for path in tree(upper.parent) if path not in inside} == set(outside)
 
 
+@pytest.mark.parametrize("name", ["proc", "sys", "dev"])
+@pytest.mark.parametrize("target", ["/var", "nowhere", "/.."])
+def test_no_link_where_a_runtime_makes_things(lower: Path, upper: Path, name: str, target: str) -> None:
+    (lower / "var").mkdir()
+    (lower / name).symlink_to(target)
+    with pytest.raises(clipfs.ImageError, match=f"needs a directory /{name}, but the image has a symbolic link there"):
+        seed(lower, upper)
+
+
 def test_a_circle_of_links_is_an_error(lower: Path, upper: Path) -> None:
     (lower / "tmp").symlink_to("other")
     (lower / "other").symlink_to("tmp")
