@@ -249,7 +249,7 @@ _ENDING = frozenset(
 )  # fmt: skip
 
 
-_STOP_SIGNAL = re.compile(r"(?:SIG)?([A-Z]{1,9}[0-9]?|[0-9]{1,2})(?:\+([0-9]{1,2}))?")
+_STOP_SIGNAL = re.compile(r"(?:SIG)?([A-Z]{1,9}[0-9]?|[0-9]{1,2})([+-][0-9]{1,2})?")
 
 
 def _program(pid: int) -> tuple[int, int] | None:
@@ -274,7 +274,7 @@ def _is_default(pid: int, number: int) -> bool:
 
 
 def _stop_signal(config: clipfs.ImageConfig) -> int:
-    """``SIGQUIT``, ``QUIT``, ``3`` or ``SIGRTMIN+3``; SIGTERM if the image says nothing or nothing sensible."""
+    """``SIGQUIT``, ``QUIT``, ``3``, ``SIGRTMIN+3``, ``SIGRTMAX-3``; SIGTERM if the image says nothing sensible."""
     text = config.stop_signal.strip().upper()
     if not text:
         return signal.SIGTERM

@@ -220,6 +220,7 @@ class TestImageConfig:
             ("", signal.SIGTERM, "TERM"),
             ("SIGQUIT", signal.SIGTERM, "QUIT"),
             ("10", signal.SIGTERM, "USR1"),
+            (f"SIGRTMAX-{signal.SIGRTMAX - 10}", signal.SIGTERM, "USR1"),
             ("nonsense", signal.SIGTERM, "TERM"),
             pytest.param("9" * 5000, signal.SIGTERM, "TERM", id="huge"),
             ("SIGQUIT", signal.SIGINT, "INT"),
