@@ -21,9 +21,10 @@ from clipfs.compression.codec import decode
 from clipfs.errors import ClipfsError, FormatError, SourceError, UsageError
 from clipfs.sources.fetcher import SourceOptions
 from clipfs.sources.packed import fetcher_for
+from clipfs.sources.place import ReplacedError
 from clipfs.sources.web import WebFile
 from tests.conftest import require_programs, require_root
-from tests.honest import log_in
+from tests.honest import log_in, ranged
 from tests.mounts import BIG, files, run
 from tests.nginx import Nginx
 from tests.oracle import differences, picture
@@ -191,6 +192,34 @@ class TestOtherServers:
     async def test_one_without_validators(self, content: bytes, tmp_path: Path) -> None:
         async with serving(honest(content, ETag="")) as web:
             await read_all(f"{web.url}/x.clip", tmp_path)
+
+    async def test_one_whose_tags_are_weak(self, content: bytes, tmp_path: Path) -> None:
+        """Apache's are, of a file that was just written. By such a tag nobody may ask for a range: all of it comes."""
+
+        def weak(request: Request, reply: Reply) -> Reply:
+            headers = {**reply.headers, "ETag": 'W/"a"'}
+            return Reply(200, content, headers) if "if-range" in request.headers else replace(reply, headers=headers)
+
+        async with serving(altered(weak, content)) as web:
+            await read_all(f"{web.url}/x.clip", tmp_path)
+
+    @pytest.mark.parametrize("later", [{"ETag": '"b"'}, {}, {"Content-Range": "bytes 0-9/77"}])
+    async def test_one_that_sends_ranges_of_whatever_it_has_by_now(self, content: bytes, later: dict[str, str]) -> None:
+        """It does not heed that a range of one version is asked for; a span would be of two."""
+        headers = {"ETag": '"a"'}
+
+        def heedless(request: Request) -> Reply:
+            whole = ranged(request, content)
+            return replace(whole, headers={**whole.headers, **headers})
+
+        async with serving(heedless) as web:
+            place = WebFile(f"{web.url}/x.clip", SourceOptions())
+            await place.header()
+            assert await place.read(0, 10) == content[:10]
+            headers = later
+            with pytest.raises(ReplacedError):
+                await place.read(0, 10)
+            await place.aclose()
 
     async def test_a_connection_that_breaks_is_taken_up_again(self, content: bytes, tmp_path: Path) -> None:
         seen: set[str] = set()
