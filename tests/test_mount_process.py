@@ -301,7 +301,7 @@ def test_no_state_directory_no_mount(
         patch.setenv("CLIPFS_STATE", place if place.startswith("/") else f"{here}/{place}")
         assert run("mount", "-t", "tmpfs", "-o", "ro,mode=700", "none", "readonly").returncode == 0
         try:
-            assert main(["mount", "x.clip", "mnt"]) == 74
+            assert main(["mount", "x.clip", "mnt"]) == (1 if place == "open" else 74)
         finally:
             assert run("umount", "readonly").returncode == 0
         said = capsys.readouterr().err

@@ -307,7 +307,7 @@ def test_a_user_without_a_home(home: Path) -> None:
         """,
     )
     assert "there is no cache on disk: cannot use directory" in done.stdout
-    assert done.stdout.splitlines()[-3:] == ["hello", "1", "1"]
+    assert done.stdout.splitlines()[-3:] == ["hello", "74", "1"]
     homeless, nameless = done.stderr.splitlines()
     assert "cannot use directory" in homeless
     assert "set HOME or CLIPFS_CACHE" in nameless
