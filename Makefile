@@ -111,3 +111,4 @@ $(VENV)/.installed-fuzz: $(VENV)/.installed
 
 $(DEMO)/oci/index.json: $(VENV)/.installed benchmarks/demo.py
 	@$(VENV)/bin/python -m benchmarks.demo $(DEMO)
+	@touch $@
