@@ -11,9 +11,10 @@ import ctypes
 import errno
 import os
 import re
+import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,6 +95,24 @@ def adopting_orphans() -> Iterator[None]:
             yield
         finally:
             _call("prctl", _PR_SET_CHILD_SUBREAPER, before.value, 0, 0, 0)
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL to a child of this process and to all that descend from it; who becomes ours by that is waited for."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            children.setdefault(int(path.read_text().rpartition(")")[2].split()[1]), []).append(int(path.parent.name))
+    below = [pid]
+    for each in below:
+        below += children.get(each, [])
+    for each in below:
+        with suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
+    # Parents first: only then are their children ours. The first one's end is for who has started it.
+    for each in below:
+        with suppress(ChildProcessError):
+            os.waitid(os.P_PID, each, os.WEXITED | (os.WNOWAIT if each == pid else 0))
 
 
 def mounts_below(path: Path) -> list[str]:

@@ -95,7 +95,7 @@ def run_in(
                 on_end=events.post,
                 on_output=on_output,
             )
-            with streams, _created(container, runtime, streams, words[0]) as process:
+            with streams, _created(container, runtime, streams, words[0], events) as process:
                 _end_early(events)
                 runtime.start()
                 # Whatever fails from here on: what it has written is its user's.
@@ -122,8 +122,8 @@ def _end_early(events: Events) -> None:
             raise _Interrupted(128 + number)
 
 
-def _aside(events: Events, work: Callable[[], _T]) -> _T:
-    """What `work` returns, unless a signal ends it all before.
+def _aside(events: Events, work: Callable[[], _T], stop: Callable[[], None] | None = None) -> _T:
+    """What `work` returns, unless a signal ends it all before. `stop` is called then until `work` has ended.
 
     In a thread: it reads the image, whose server may be silent, and no signal but SIGKILL interrupts such a read. Who
     is left in one is freed when the image is unmounted.
@@ -141,20 +141,28 @@ def _aside(events: Events, work: Callable[[], _T]) -> _T:
     thread.start()
     poller = select.poll()
     poller.register(events, select.POLLIN)
-    while not future.done():
-        poller.poll()
-        _end_early(events)
+    try:
+        while not future.done():
+            poller.poll()
+            _end_early(events)
+    except BaseException:
+        while stop and thread.is_alive():
+            stop()
+            thread.join(0.01)
+        raise
     thread.join()
     return future.result()
 
 
 @contextlib.contextmanager
-def _created(container: Container, runtime: Runtime, streams: Stdio, program: str) -> Iterator[_Process]:
+def _created(
+    container: Container, runtime: Runtime, streams: Stdio, program: str, events: Events
+) -> Iterator[_Process]:
     """The container's first process, not yet started; in the end it is dead and the runtime has forgotten it."""
     try:
         try:
             with kernel.adopting_orphans():
-                pid = runtime.create(streams)
+                pid = _aside(events, lambda: runtime.create(streams), runtime.stop)
         except RunError as error:
             if error.exit_code == RunError.FAILED or program in str(error):
                 raise

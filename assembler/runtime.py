@@ -18,6 +18,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from assembler import kernel
 from assembler.container import Container
 from assembler.errors import RunError
 from assembler.stdio import Stdio
@@ -48,6 +49,7 @@ class Runtime:
             raise RunError(f"there is no runtime {program}; install it (`apt install runc`) or name another")
         self.program = str(Path(found).absolute())
         self._container = container
+        self._caller: subprocess.Popen[bytes] | None = None
         self._log = container.path / "runtime.log"
         self._lock = container.path / "runtime.lock"
         self._pid_file = container.path / "pid"
@@ -66,6 +68,11 @@ class Runtime:
     def start(self) -> None:
         """Let the first process execute the command."""
         self._call("start")
+
+    def stop(self) -> None:
+        """From another thread: kill the call that is under way, with all that it has started."""
+        if self._caller is not None and self._caller.poll() is None:
+            kernel.kill_tree(self._caller.pid)
 
     def settle(self) -> None:
         """Wait until no call is under way, of whoever. RunError if one takes too long."""
@@ -95,17 +102,16 @@ class Runtime:
         streams: Any = stdio or (subprocess.DEVNULL,) * 3
         self._log.unlink(missing_ok=True)
         # A session of its own: keys pressed at our terminal are for the container, not for what makes it.
-        done = subprocess.run(
+        self._caller = subprocess.Popen(
             command,
             stdin=streams[0],
             stdout=streams[1],
             stderr=streams[2],
             env={key: os.environ[key] for key in _ENVIRONMENT if key in os.environ},
             start_new_session=True,
-            check=False,
         )
-        if done.returncode:
-            raise self._failure(verb, done.returncode)
+        if code := self._caller.wait():
+            raise self._failure(verb, code)
 
     def _wrapper(self) -> tuple[str, ...]:
         if not Path(self.program).name.startswith("crun"):

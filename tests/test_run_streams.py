@@ -21,6 +21,7 @@ from typing import Any, Self
 import pytest
 
 import assembler
+import clipfs
 from clipfs.cli.main import main
 from clipfs.mounting import mounter
 from tests.conftest import require_programs
@@ -221,6 +222,23 @@ class TestSignals:
                 assert said
             process.send_signal(number)
             assert process.wait(SECONDS) == 128 + number
+
+    @pytest.mark.parametrize("view", ["kernel", "fuse"])
+    def test_while_the_runtime_waits_for_the_image(self, cli: Cli, tree: Path, tmp_path: Path, view: str) -> None:
+        """It reads /etc/group itself, also when nobody else has to."""
+        tar = subprocess.run(["tar", "-C", tree, "-c", "bin", "etc/group"], stdout=subprocess.PIPE, check=True).stdout
+        clip = tmp_path / "x.clip"
+        clipfs.build(LayoutBuilder(tmp_path / "oci").layer(tar).config().write(), clip)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            source = f"docker://127.0.0.1:{silent.getsockname()[1]}/x:y"
+            process = cli.start("run", "--rm", "-u", "0:0", "--source", source, "--insecure", "--view", view,
+                                "--name", "web", "--cache-dir", tmp_path / "cache", clip, "sleep", "1000")  # fmt: skip
+            state = cli.base / "web" / "runtime" / "web"
+            deadline = time.monotonic() + SECONDS
+            while not state.exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            process.terminate()
+            assert process.wait(SECONDS) == 143
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
     def test_while_it_mounts(
