@@ -5,7 +5,8 @@ from __future__ import annotations
 import http.client
 import os
 import socket
-from contextlib import AbstractContextManager
+import time
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,27 @@ class TestServer:
         with serving() as port, socket.create_connection(("127.0.0.1", port), SECONDS) as silent:
             silent.sendall(b"GET /metr")
             assert silent.recv(1) == b""
+
+    def test_no_more_at_a_time_than_a_few(self) -> None:
+        """Or who asks takes the descriptors with which workers are replaced."""
+        with serving() as port:
+            with ExitStack() as stack:
+                for _ in range(16):
+                    asking = stack.enter_context(socket.create_connection(("127.0.0.1", port), SECONDS))
+                    asking.sendall(b"GET /metr")
+                # Sooner than those are let go.
+                one_more = stack.enter_context(socket.create_connection(("127.0.0.1", port), metrics._SECONDS / 2))
+                assert one_more.recv(1) == b""
+            deadline = time.monotonic() + SECONDS
+            while not self._answers(port) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert scraped(port)
+
+    def _answers(self, port: int) -> bool:
+        try:
+            return bool(scraped(port))
+        except (OSError, http.client.HTTPException):
+            return False
 
     def test_it_ends(self) -> None:
         with serving() as port:

@@ -1,6 +1,7 @@
 """The counters of a mount in Prometheus' format, served over HTTP by a thread of the process that serves the mount.
 
-It reads what is counted anyway and touches nothing else, so that who asks can at worst keep his own thread waiting.
+It reads what is counted anyway and touches nothing else, so that who asks can at worst keep his own thread waiting, and
+others who ask.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
@@ -25,6 +27,9 @@ log = logging.getLogger(__name__)
 
 # A client that says nothing for this long is let go.
 _SECONDS = 5.0
+
+# Connections at a time. Each takes a thread and a descriptor of the process that has to replace workers.
+_AT_ONCE = 16
 
 # What is one number: the counter, its name and its help.
 _PLAIN = (
@@ -71,6 +76,20 @@ class _Server(socketserver.ThreadingTCPServer):
     daemon_threads = True
     block_on_close = False
     allow_reuse_address = True
+
+    def __init__(self, place: Any, handler: type[MetricsHandler]) -> None:
+        self._room = threading.Semaphore(_AT_ONCE)
+        super().__init__(place, handler)
+
+    def verify_request(self, request: object, client_address: object) -> bool:  # noqa: ARG002  as the base has it
+        """False where too many ask already: the connection is closed."""
+        return self._room.acquire(blocking=False)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
 
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002  as the base has it
         """Who asked has left before the answer; that is his affair."""
