@@ -220,10 +220,10 @@ def asking(process: Process) -> Iterator[int]:
 def answer(process: Process, why: str) -> None:
     """Tell everybody who has asked `process` for something that it is done, or if not, why."""
     try:
-        directory = _mounts_dir()
-    except ClipfsError:
-        return  # somebody has taken it away, and with it all questions
-    for path in directory.glob(f"{process}.*.asked"):
+        questions = list(_mounts_dir().glob(f"{process}.*.asked"))
+    except (OSError, ClipfsError):
+        return  # somebody has taken them away, or all descriptors that there are; who waits sees to it that it ends
+    for path in questions:
         # Who does not listen any more does not want to know.
         with suppress(OSError):
             descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from assembler import kernel
 from clipfs import MountOptions, state
 from clipfs.blocks.counters import Counters
 from clipfs.errors import ClipfsError
+from clipfs.mounting import kernel as mounting
 from clipfs.mounting.control import Channel
 from tests.conftest import require_programs, require_root
 from tests.containers import Cli, leftovers
@@ -297,6 +299,19 @@ def test_a_state_directory_that_is_taken_away(large: Path, mountpoint: Path, run
         runtime.unlink()
         kernel.unmount(mountpoint)
         assert ended(mounted.pid)
+
+
+def test_a_supervisor_without_descriptors(large: Path, mountpoint: Path) -> None:
+    """It cannot start a worker then, nor say so to who has asked for one; but the one that it has goes on."""
+    with clipfs.mount(large, mountpoint) as mounted:
+        # All numbers below are taken. poll(2) wants as many as it waits for.
+        _, most = limits = resource.prlimit(mounted.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(mounted.pid, resource.RLIMIT_NOFILE, (8, most))
+        os.kill(mounted.pid, signal.SIGHUP)
+        with open(os.pidfd_open(mounted.pid), "rb", buffering=0) as end:
+            assert mounting.readable([end.fileno()], 1) == set()
+        resource.prlimit(mounted.pid, resource.RLIMIT_NOFILE, limits)
+        mounted.upgrade()
 
 
 # --- what a machine that died has left
