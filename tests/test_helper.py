@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +206,21 @@ def test_a_dead_mount_is_not_mounted_already(
     assert helper.main([str(clip), str(mountpoint)]) == 32
     assert f"what served it has died, `umount {mountpoint}` or `clipfs gc` removes it" in capsys.readouterr().err
     assert [record.mountpoint for record in clipfs.gc()] == [str(mountpoint)]
+
+
+@pytest.mark.usefixtures("runtime")
+def test_a_path_of_the_same_words_is_another_file_elsewhere(
+    clip: Path, mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("here", "there", "there"):
+        (tmp_path / place).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / place)
+        shutil.copy(clip, "x.clip")
+        assert helper.main(["./x.clip", str(mountpoint)]) == 0
+    found = sorted(record.clip for record in clipfs.mounts())
+    for _ in found:
+        clipfs.unmount(mountpoint)
+    assert found == [f"{tmp_path}/here/x.clip", f"{tmp_path}/there/x.clip"]
 
 
 def test_a_fake_mount_mounts_nothing(clip: Path, mountpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

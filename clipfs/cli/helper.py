@@ -163,8 +163,12 @@ def _mount(request: _Request, standby: Standby, say: Callable[[str], None]) -> i
     """standby: who is to serve it. That loads what it needs while this process does."""
     from clipfs.mounting.mounter import mount, record_at
 
-    record = record_at(mountinfo.canonical(request.directory))
-    if record is not None and record.alive and record.name == request.spec:
+    record, path = record_at(mountinfo.canonical(request.directory)), Path(request.spec)
+    # A path may begin elsewhere than one of the same words did.
+    same = record is not None and (
+        record.clip == str(path.absolute()) if path.exists() else record.name == request.spec
+    )
+    if record is not None and record.alive and same:
         # `mount -a` compares with the table of mounts, which says of the kernel view what EROFS mounts.
         say(f"{request.spec} is mounted on {request.directory} already")
         return 0
