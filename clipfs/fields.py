@@ -6,7 +6,7 @@ This module knows JSON and nothing of images.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Self
 
 from clipfs.errors import ImageError, shown
 
@@ -26,9 +26,17 @@ class Fields:
         self.where = where
 
     @classmethod
-    def parse(cls, raw: bytes, where: str, limit: int) -> Fields:
-        """A whole document of at most `limit` bytes."""
-        return cls(parse_json(raw, where, limit), where)
+    def parse(cls, raw: bytes, where: str, limit: int, *, once: bool = False) -> Self:
+        """A whole document of at most `limit` bytes. once: no key may be there twice."""
+        return cls(parse_json(raw, where, limit, once=once), where)
+
+    def exact(self, *names: str) -> Self:
+        """The same. ImageError for a key that is one of these but for its case: Go's tools take it for that one."""
+        known = {name.casefold(): name for name in names}
+        for key in self.value.keys() - names:
+            if key.casefold() in known:
+                raise ImageError(f"{self.where} has {quoted(key)} where others read '{known[key.casefold()]}'")
+        return self
 
     def text(self, key: str, default: str | None = None) -> str:
         """A string; without a default it must be there."""
@@ -77,14 +85,21 @@ class Fields:
         return [Fields(each, f"{self.where}: {key}[{number}]") for number, each in enumerate(value or [])]
 
 
-def parse_json(raw: bytes, where: str, limit: int) -> object:
-    """Any JSON of at most `limit` bytes; ImageError if it is none."""
+def parse_json(raw: bytes, where: str, limit: int, *, once: bool = False) -> object:
+    """Any JSON of at most `limit` bytes; ImageError if it is none. once: also if an object has a key twice."""
     if len(raw) > limit:
         raise ImageError(f"{where} has {len(raw)} bytes; more than {limit} are not read")
     try:
-        return json.loads(raw)
+        return json.loads(raw, object_pairs_hook=_once if once else None)
     except (ValueError, RecursionError) as error:
         raise ImageError(f"{where} is no valid JSON: {error}") from None
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return found
 
 
 def _text(value: object, where: str) -> str:

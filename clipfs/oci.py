@@ -46,6 +46,12 @@ MANIFEST_TYPES = (OCI_MANIFEST, DOCKER_MANIFEST)
 INDEX_TYPES = (OCI_INDEX, DOCKER_LIST)
 _SCHEMA_1 = re.compile(r"application/vnd\.docker\.distribution\.manifest\.v1\+")
 
+# What is read of each document, in the one spelling that it may have.
+_MANIFEST_FIELDS = ("schemaVersion", "mediaType", "artifactType", "config", "layers", "manifests")
+_DESCRIPTOR_FIELDS = ("mediaType", "digest", "size", "annotations", "platform")
+_CONFIG_FIELDS = ("os", "architecture", "variant", "rootfs", "config")
+_RUN_FIELDS = ("Env", "Entrypoint", "Cmd", "WorkingDir", "User", "StopSignal", "Volumes", "Labels")
+
 # The distribution spec asks registries to take at least 4 MiB of manifest; nobody can rely on more.
 MAX_MANIFEST = 4 << 20
 # A config grows with its history and labels; containers/image stops at half of this.
@@ -145,9 +151,10 @@ class ImageConfig:
 
     @classmethod
     def parse(cls, raw: bytes) -> ImageConfig:
-        """The config blob; its digest is the caller's to verify."""
-        whole = Fields.parse(raw, "the image config", MAX_CONFIG)
-        rootfs, run = whole.child("rootfs"), whole.child("config")
+        """The config blob; its digest is the caller's to verify. One that others read differently is refused."""
+        whole = Fields.parse(raw, "the image config", MAX_CONFIG, once=True).exact(*_CONFIG_FIELDS)
+        rootfs = whole.child("rootfs").exact("type", "diff_ids")
+        run = whole.child("config").exact(*_RUN_FIELDS)
         if rootfs.text("type", "layers") != "layers":
             raise ImageError(
                 f"the image config's root file system is of type {quoted(rootfs.text('type'))}, not layers"
@@ -180,7 +187,7 @@ def parse_manifest(raw: bytes, media_type: str | None = None) -> Manifest | Imag
     A document that could be read as both, or that is called something else than it says it is, is refused: two tools
     would see two different images under one digest (CVE-2021-41190).
     """
-    whole = Fields.parse(raw, "the manifest", MAX_MANIFEST)
+    whole = Fields.parse(raw, "the manifest", MAX_MANIFEST, once=True).exact(*_MANIFEST_FIELDS)
     named = whole.text("mediaType", "")
     known = (*MANIFEST_TYPES, *INDEX_TYPES)
     called = named or media_type or ""
@@ -226,12 +233,12 @@ def _image_manifest(whole: Fields, raw: bytes, kind: str) -> Manifest:
 
 
 def _descriptor(fields: Fields) -> Descriptor:
-    size = fields.value.get("size")
+    size = fields.exact(*_DESCRIPTOR_FIELDS).value.get("size")
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= MAX_BLOB:
         raise ImageError(f"{fields.where}: a size should be a number of bytes, not {quoted(repr(size))}")
     target = None
     if fields.value.get("platform") is not None:
-        told = fields.child("platform")
+        told = fields.child("platform").exact("os", "architecture", "variant")
         target = Platform(told.text("os", ""), told.text("architecture", ""), told.text("variant", ""))
     return Descriptor(
         media_type=fields.text("mediaType", ""),

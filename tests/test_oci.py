@@ -209,6 +209,10 @@ class TestManifest:
             (manifest(layers=[described(digest="sha256:x")]), None, "no digest"),
             (manifest(layers=[described(annotations={"a": 1})]), None, "annotations should be a string"),
             (manifest(config=described(OCI_CONFIG, platform={"os": "\ud800"})), None, "no string can keep"),
+            (manifest(Layers=[]), None, "the manifest has 'Layers' where others read 'layers'"),
+            ({**manifest(), "layer\u017f": []}, None, "where others read 'layers'"),
+            (manifest(layers=[described(Digest=A)]), None, r"layers\[0\] has 'Digest'"),
+            (manifest(config=described(OCI_CONFIG, platform={"OS": "linux"})), None, "'os'"),
             ([], None, "should be a JSON object"),
         ],
     )
@@ -219,6 +223,12 @@ class TestManifest:
     @pytest.mark.parametrize("raw", [b"", b"{", b"\xff", b"[" * 100_000, b"1" * 5000, b" " * (MAX_MANIFEST + 1)])
     def test_what_is_no_json_is_refused(self, raw: bytes) -> None:
         with pytest.raises(ImageError, match="manifest"):
+            Manifest.parse(raw)
+
+    def test_a_field_is_there_once(self) -> None:
+        """Go's tools read the second list into what they have read of the first."""
+        raw = packed(manifest()).replace(b'"layers"', b'"layers": [], "layers"')
+        with pytest.raises(ImageError, match="the manifest is no valid JSON: an object has a key twice"):
             Manifest.parse(raw)
 
     def test_an_index_is_no_manifest(self) -> None:
@@ -309,7 +319,8 @@ class TestConfig:
     @pytest.mark.parametrize(
         "document",
         [{"rootfs": {"type": "ostree"}}, {"rootfs": {"diff_ids": [1]}}, {"config": {"Env": ["A=\0"]}},
-         {"config": {"Volumes": {"/\ud800": {}}}}, {"config": []}, {"config": {"User": 0}}, 7],
+         {"config": {"Volumes": {"/\ud800": {}}}}, {"config": []}, {"config": {"User": 0}}, 7,
+         {"Config": {}}, {"config": {"user": "1"}}, {"rootfs": {"DIFF_IDS": []}}],
     )  # fmt: skip
     def test_malformed_is_refused(self, document: object) -> None:
         with pytest.raises(ImageError):
