@@ -38,6 +38,7 @@ class TestDetect:
             (bytes(1), Codec.RAW),
             (TAR, Codec.RAW),
             (header(b"old", magic=bytes(8)), Codec.RAW),
+            (header(b"\xff\xfe", checksum=int(header(b"\xff\xfe")[148:154], 8) - 2 * 256), Codec.RAW),
             (compress(TAR, "gzip"), Codec.GZIP),
             (compress(TAR, "pigz"), Codec.GZIP),
             (compress(TAR, "zstd"), Codec.ZSTD),

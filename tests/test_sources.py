@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import trio
+import zstandard
 
 from clipfs.errors import ClipfsError, ImageError, IntegrityError, SourceError, UsageError
 from clipfs.oci import OCI_INDEX, OCI_MANIFEST, Descriptor, Digest, Platform
@@ -384,6 +385,18 @@ class TestDockerArchive:
         async with open_source(f"docker-archive:{tmp_path}/x.tar") as source:
             with pytest.raises(UsageError, match="2 images; add one of these names: 'app:a'"):
                 await source.image()
+
+    async def test_a_layer_that_zstd_would_skip_some_of(self, tmp_path: Path) -> None:
+        """Tools keep notes in frames that are skipped, at the beginning, too."""
+        layer = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"note" + zstandard.compress(ONE)
+        config = json.dumps({"os": "linux", "rootfs": {"type": "layers", "diff_ids": [str(Digest.of(ONE))]}}).encode()
+        image = json.dumps([{"Config": "a.json", "RepoTags": None, "Layers": ["one.tar"]}]).encode()
+        files = ((b"manifest.json", image), (b"a.json", config), (b"one.tar", layer))
+        members = (member(name, body) for name, body in files)
+        (tmp_path / "x.tar").write_bytes(b"".join(members) + tars.END)
+        async with open_source(f"docker-archive:{tmp_path}/x.tar") as source:
+            blob = (await source.image()).manifest.layers[0]
+            assert (blob.digest, blob.media_type.rpartition("+")[2]) == (Digest.of(layer), "zstd")
 
     async def test_an_oci_archive_is_recognised(self, layout: Path, tmp_path: Path) -> None:
         run("tar", "-cf", tmp_path / "image.tar", ".", cwd=layout)

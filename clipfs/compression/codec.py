@@ -56,10 +56,8 @@ class _BrokenError(Exception):
 
 def detect(head: bytes) -> Codec:
     """The codec of a layer whose first bytes (`HEAD` of them, or all) are `head`. Content decides, not media types."""
-    if head[:2] == b"\x1f\x8b":
-        return Codec.GZIP
-    if head[:4] == b"\x28\xb5\x2f\xfd" or (head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50):
-        return Codec.ZSTD
+    if (codec := compression(head)) is not None:
+        return codec
     for magic, name in _UNSUPPORTED.items():
         if head.startswith(magic):
             raise ImageError(
@@ -71,6 +69,15 @@ def detect(head: bytes) -> Codec:
     raise ImageError("the layer is neither a tar archive nor gzip nor zstd; an encrypted layer must be decrypted first")
 
 
+def compression(head: bytes) -> Codec | None:
+    """The codec that these first bytes, four or more, are compressed with; None if it is none that OCI knows."""
+    if head[:2] == b"\x1f\x8b":
+        return Codec.GZIP
+    if head[:4] == b"\x28\xb5\x2f\xfd" or (head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50):
+        return Codec.ZSTD
+    return None
+
+
 def _is_tar(head: bytes) -> bool:
     """Whether a tar archive begins with `head`: a header with its checksum, the end marker, or nothing at all."""
     if not any(head):
@@ -80,7 +87,9 @@ def _is_tar(head: bytes) -> bool:
         stated = int(field, 8)
     except ValueError:
         return False
-    return len(head) >= HEAD and stated == sum(head[:148]) + sum(b" " * 8) + sum(head[156:HEAD])
+    rest = head[:148] + b" " * 8 + head[156:HEAD]
+    # Some old archivers summed up signed bytes.
+    return len(head) >= HEAD and stated in (sum(rest), sum(rest) - 256 * sum(byte > 127 for byte in rest))
 
 
 def decode(codec: Codec, span: Span, data: bytes | memoryview) -> bytes:

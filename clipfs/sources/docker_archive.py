@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import trio
 
+from clipfs.compression.codec import compression
 from clipfs.errors import ClipfsError, ImageError, SourceError, UsageError
 from clipfs.fields import Fields, parse_json, quoted
+from clipfs.format.container import Codec
 from clipfs.oci import (
     MAX_CONFIG,
     MAX_MANIFEST,
@@ -30,7 +32,7 @@ from clipfs.sources.archive import Archive
 from clipfs.sources.base import PIECE, Document, LocalBlob, LocalSource, read_file
 
 _LAYER = "application/vnd.oci.image.layer.v1.tar"
-_SUFFIX = {b"\x1f\x8b": "+gzip", b"\x28\xb5\x2f\xfd": "+zstd"}
+_SUFFIX = {Codec.GZIP: "+gzip", Codec.ZSTD: "+zstd", None: ""}
 
 
 class _Contents(NamedTuple):
@@ -81,8 +83,7 @@ def _read(archive: Archive, tag: str | None) -> _Contents:
     descriptors = []
     for layer, diff_id in zip(layers, config.diff_ids, strict=True):
         place = archive.find(layer)
-        head = read_file(place.path, place.offset, 4)
-        suffix = next((suffix for magic, suffix in _SUFFIX.items() if head.startswith(magic)), "")
+        suffix = _SUFFIX[compression(read_file(place.path, place.offset, 4))]
         digest_of_layer = _hash(place) if suffix else diff_id
         blobs[digest_of_layer] = place
         descriptors.append(_descriptor(_LAYER + suffix, digest_of_layer, place.size))
