@@ -317,7 +317,7 @@ clipfs.mount(sys.argv[1], sys.argv[2], clipfs.MountOptions(cache=1 << 20, cache_
 def test_it_is_the_worker_that_is_killed_for_its_memory(
     large: Path, content: bytes, mountpoint: Path, group: Group
 ) -> None:
-    greed = "import signal\nsignal.signal(signal.SIGUSR1, lambda *_: b'x' * (400 << 20))"
+    greed = "import signal\nsignal.signal(signal.SIGUSR2, lambda *_: b'x' * (400 << 20))"
     env = {**os.environ, "PYTHONPATH": os.getcwd(), "CLIPFS_TEST_PATCH": greed}
     done = run(sys.executable, "-c", _MOUNTING, large, mountpoint, env=env)
     assert done.stderr == ""
@@ -327,7 +327,7 @@ def test_it_is_the_worker_that_is_killed_for_its_memory(
         for process in (before.process, before.worker):
             (group.directory / "cgroup.procs").write_text(str(process.pid))
         (group.directory / group.limit).write_text(str(200 << 20))
-        os.kill(before.worker.pid, signal.SIGUSR1)
+        os.kill(before.worker.pid, signal.SIGUSR2)
         assert ended(before.worker.pid)
         drop_caches()
         assert (mountpoint / "large").read_bytes() == content
