@@ -17,7 +17,7 @@ from benchmarks.workload import BIG, Workload
 
 DOWNLOAD = "plain download of the layer"
 
-_WHY = "Decoding, verifying and the disk cache share two cores with the registry, the link and the reader."
+_WHY = "Fetching, decoding and the disk cache wait for each other: the two cores that all share are not always busy."
 
 
 def streaming(workload: Workload) -> Section:
