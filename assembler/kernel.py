@@ -102,7 +102,9 @@ def kill_tree(pid: int) -> None:
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            children.setdefault(int(path.read_text().rpartition(")")[2].split()[1]), []).append(int(path.parent.name))
+            # Bytes: it has the process's name, which may be any.
+            parent = int(path.read_bytes().rpartition(b")")[2].split()[1])
+            children.setdefault(parent, []).append(int(path.parent.name))
     below = [pid]
     for each in below:
         below += children.get(each, [])

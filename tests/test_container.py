@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -277,3 +278,15 @@ class TestRemoval:
         with pytest.raises(clipfs.MountError, match="cannot remove"):
             names.remove_tree(root)
         assert (outside / "gold").exists()
+
+
+class TestKilling:
+    def test_of_processes_that_call_themselves_anything(self) -> None:
+        """What the kernel says of a process has that name in it. They end by themselves when their input does."""
+        script = r"printf 'a) \377' >/proc/$$/comm; exec 3<&0; cat <&3 & echo; wait"
+        with subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            kernel.kill_tree(process.pid)
+            assert process.stdout.read() == b""
+            assert process.wait(10) == -signal.SIGKILL
