@@ -87,9 +87,14 @@ def _is_tar(head: bytes) -> bool:
         stated = int(field, 8)
     except ValueError:
         return False
-    rest = head[:148] + b" " * 8 + head[156:HEAD]
-    # Some old archivers summed up signed bytes.
-    return len(head) >= HEAD and stated in (sum(rest), sum(rest) - 256 * sum(byte > 127 for byte in rest))
+    return len(head) >= HEAD and is_checksum(stated, head[:HEAD])
+
+
+def is_checksum(stated: int, header: bytes) -> bool:
+    """Whether that is the checksum of a tar header's 512 bytes. Some old archivers summed up signed ones."""
+    rest = header[:148] + b" " * 8 + header[156:]
+    unsigned = sum(rest)
+    return stated == unsigned or stated == unsigned - 256 * sum(byte > 127 for byte in rest)
 
 
 def decode(codec: Codec, span: Span, data: bytes | memoryview) -> bytes:

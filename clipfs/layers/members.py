@@ -15,6 +15,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from clipfs.compression.codec import is_checksum
 from clipfs.erofs.structs import MAX_NAME, MAX_PATH
 from clipfs.errors import ImageError, shown
 from clipfs.layers.pax import decimal, numeric, timestamp, xattrs
@@ -143,10 +144,8 @@ class Header:
         return _text(prefix[:_STAR_PREFIX] if tail.endswith(_STAR_TAIL) else prefix)
 
     def check(self) -> None:
-        """Refuse what is no header. Some old archivers summed up signed bytes."""
-        rest = self.block[:148] + b" " * 8 + self.block[156:]
-        stated, unsigned = numeric(self._checksum), sum(rest)
-        if stated != unsigned and stated != unsigned - 256 * sum(byte > 127 for byte in rest):
+        """Refuse what is no header."""
+        if not is_checksum(numeric(self._checksum), self.block):
             raise ImageError("this is no tar header, or a damaged one: its checksum is wrong")
 
     def member(self, name: bytes, said: Mapping[bytes, bytes], offset: int) -> Member:
