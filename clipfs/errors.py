@@ -101,6 +101,12 @@ def sentence(error: BaseException) -> str:
     return f"a bug in clipfs, please report it: {type(error).__name__}: {error}"
 
 
+def reason(error: OSError) -> str:
+    """What the system says, and of which file if it tells."""
+    what = error.strerror or str(error)
+    return f"{error.filename}: {what}" if error.filename else what
+
+
 def printable(text: str) -> str:
     """A stranger's text for a terminal: what that could take for a command of its own is shown, not sent."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import clipfs
 from clipfs.cli import texts
-from clipfs.errors import ClipfsError, UsageError, single
+from clipfs.errors import ClipfsError, UsageError, reason, single
 from clipfs.log import complain, discard, print_any_name, to_terminal
 
 _log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _BROKEN_PIPE
     except OSError as error:
         _log.debug("where it came from", exc_info=True)
-        _say(f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror or error}")
+        _say(reason(error))
         discard(1)
         return _failure(words, _INPUT_OUTPUT)
 

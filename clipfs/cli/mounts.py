@@ -18,7 +18,7 @@ from clipfs.cli.options import clip_of, containers_dir
 from clipfs.errors import UsageError
 from clipfs.mounting import daemon, mounter
 from clipfs.mounting.daemon import Standby
-from clipfs.mounting.options import MountOptions, byte_count, endpoint, parse, prefetch, readable, report_path, source
+from clipfs.mounting.options import MountOptions, byte_count, endpoint, parse, prefetch, readable, report_path
 
 
 def mount(args: argparse.Namespace, standby: Standby) -> int:
@@ -81,7 +81,7 @@ def mount_options(args: argparse.Namespace, text: str) -> MountOptions:
     options = parsed.options
     return replace(
         options,
-        source=options.source or (args.source and source(args.source)),
+        source=options.source or args.source,
         authfile=options.authfile or (args.authfile and readable(args.authfile, "credentials")),
         ca=options.ca or (args.ca and readable(args.ca, "certificates")),
         insecure=options.insecure or args.insecure,

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from clipfs.errors import MountError
+from clipfs.errors import MountError, reason
 from clipfs.mounting import connection, kernel, mountinfo
 from clipfs.mounting.child import Child
 from clipfs.mounting.connection import Connection
@@ -82,7 +82,7 @@ def _fuse(plan: Plan, begin: Callable[[Connection, str], Child], deadline: float
             undo.callback(os.close, mount)
         except OSError as error:
             if os.geteuid() == 0 and error.errno not in (errno.EPERM, errno.ENOSYS):
-                raise MountError(f"cannot mount on {plan.mountpoint}: {_said(error)}") from error
+                raise MountError(f"cannot mount on {plan.mountpoint}: {reason(error)}") from error
             conn = connection.by_fusermount(plan.name, plan.mountpoint, plan.options)
             undo.failed.callback(mountinfo.detach_dead, plan.mountpoint, "")
         undo.failed.callback(conn.close)
@@ -115,7 +115,7 @@ def _kernel(plan: Plan, begin: Callable[[Connection, str], Child], deadline: flo
             # For nobody's eyes: what users may do is EROFS's affair.
             conn, mount = connection.detached(plan.name, MountOptions(allow_other=False, noexec=True))
         except OSError as error:
-            raise UnsuitableError(_said(error)) from None
+            raise UnsuitableError(reason(error)) from None
         undo.callback(os.close, mount)
         undo.failed.callback(conn.close)
         child = begin(conn, "kernel")
@@ -135,10 +135,6 @@ def _kernel(plan: Plan, begin: Callable[[Connection, str], Child], deadline: flo
 
         device = _guarded(attach, child, deadline)
     return Made(conn, child, "kernel", device)
-
-
-def _said(error: OSError) -> str:
-    return f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror}"
 
 
 @contextmanager
