@@ -115,6 +115,16 @@ def test_its_environment_means_what_it_meant_where_it_was_called(here: Path, mon
     assert [path.name for path in (here / "cache").glob("*/*.trace")] != []
 
 
+def test_what_is_above_a_link_in_its_environment(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is above where the link leads to, as it is to the kernel."""
+    (here / "far/away").mkdir(parents=True)
+    (here / "link").symlink_to("far/away")
+    monkeypatch.setenv("CLIPFS_STATE", "link/../run")
+    assert run(*CLIPFS, "mount", "x.clip", "mnt").returncode == 0
+    assert [record.mountpoint for record in state.records()] == [f"{here}/mnt"]
+    clipfs.unmount("mnt")
+
+
 def test_it_serves_on_when_its_clip_is_deleted_or_replaced(here: Path) -> None:
     with clipfs.mount("x.clip", "mnt"):
         Path("x.clip").unlink()

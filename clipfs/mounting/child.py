@@ -132,7 +132,7 @@ def program(module: str, *descriptors: int) -> tuple[list[str], dict[str, str]]:
 
 def absolute_paths() -> dict[str, str]:
     """What the environment names relative to the working directory, by variable, so that it means the same anywhere."""
-    return {name: os.path.abspath(path) for name in _PATHS if (path := os.environ.get(name))}
+    return {name: str(Path(path).absolute()) for name in _PATHS if (path := os.environ.get(name))}
 
 
 def known_error(kind: str, sentence: str) -> ClipfsError:

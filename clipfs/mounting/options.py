@@ -253,7 +253,7 @@ def source(text: str) -> str:
     form, colon, rest = text.partition(":")
     if colon and rest and form in _PATH_FORMS:
         return f"{form}:{Path(rest).absolute()}"
-    return os.path.abspath(text) if os.path.isfile(text) else text
+    return str(Path(text).absolute()) if os.path.isfile(text) else text
 
 
 def byte_count(text: str, what: str) -> int:
