@@ -120,9 +120,11 @@ def test_what_is_above_a_link_in_its_environment(here: Path, monkeypatch: pytest
     (here / "far/away").mkdir(parents=True)
     (here / "link").symlink_to("far/away")
     monkeypatch.setenv("CLIPFS_STATE", "link/../run")
-    assert run(*CLIPFS, "mount", "x.clip", "mnt").returncode == 0
-    assert [record.mountpoint for record in state.records()] == [f"{here}/mnt"]
-    clipfs.unmount("mnt")
+    try:
+        assert run(*CLIPFS, "mount", "x.clip", "mnt").returncode == 0
+        assert [record.mountpoint for record in state.records()] == [f"{here}/mnt"]
+    finally:
+        assert run("umount", "mnt").returncode == 0
 
 
 def test_it_serves_on_when_its_clip_is_deleted_or_replaced(here: Path) -> None:
