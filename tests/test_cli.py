@@ -192,6 +192,7 @@ class TestLook:
             (["inspect", __file__], "is not a .clip file"),
             (["check", os.devnull], os.devnull),
             (["inspect", "--platform", "linux/s390x", "CLIP"], "is of an image for linux/amd64, not for linux/s390x"),
+            (["inspect", ""], "''"),
             (["mount", "CLIP", ""], "argument DIR: it has no name"),
             (["umount", ""], "argument DIR: it has no name"),
             (["upgrade", ""], "argument DIR: it has no name"),

@@ -39,7 +39,9 @@ def clip_of(args: argparse.Namespace) -> Path:
 
 
 def check_name(target: str) -> None:
-    """UsageError if that is the bare path of something: no registry is asked for what a person sees here."""
+    """UsageError if that is empty, or the bare path of something: no registry is asked for what a person sees here."""
+    if not target:
+        raise UsageError("'' is no image name, nor that of a file: it is empty")
     if os.path.isdir(target):
         what = f"a layout is named oci:{target}, a directory to run in {os.path.join('.', target)}"
     elif os.path.exists(target):
