@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from itertools import pairwise
 
 import pytest
 import trio
@@ -108,3 +110,19 @@ class TestLink:
         link = Link()
         link.note(1000, 0.02, 0.02)
         assert link.further == 1600 << 10
+
+
+async def test_any_part_of_what_came_in_any_pieces() -> None:
+    chance, data = random.Random(3), random.Random(4).randbytes(1000)
+    for _ in range(50):
+        cuts = sorted({0, 1000, *(chance.randrange(1, 1000) for _ in range(chance.randrange(20)))})
+        arrival = Arrival(500, 1500)
+        for start, stop in pairwise(cuts):
+            arrival.add(data[start:stop])
+        for start, stop in [
+            (0, 0),
+            (1000, 1000),
+            (0, 1000),
+            *(sorted(chance.choices(range(1001), k=2)) for _ in range(20)),
+        ]:
+            assert bytes(await arrival.bytes(500 + start, 500 + stop)) == data[start:stop]

@@ -6,6 +6,7 @@ import copy
 import heapq
 import math
 import time
+from bisect import bisect_left, bisect_right
 
 import trio
 
@@ -20,7 +21,9 @@ class Arrival:
         self.start, self.end, self.come = start, end, start
         self.delay = math.inf
         self.asked = time.monotonic()
-        self._view = memoryview(bytearray(end - start))
+        # As they came, and where each begins. One buffer for all would cost a page fault for each of its pages.
+        self._pieces: list[bytes] = []
+        self._starts: list[int] = []
         self._error: Exception | None = None
         # Who waits up to where, the nearest first; a number keeps those apart who wait for the same.
         self._waiting: list[tuple[int, int, trio.Event]] = []
@@ -33,7 +36,8 @@ class Arrival:
         come = self.come + len(piece)
         if come > self.end:
             raise SourceError(f"{self.end - self.start} bytes of a layer were asked for, and more came")
-        self._view[self.come - self.start : come - self.start] = piece
+        self._pieces.append(piece)
+        self._starts.append(self.come)
         self.come = come
         while self._waiting and self._waiting[0][0] <= come:
             heapq.heappop(self._waiting)[2].set()
@@ -56,4 +60,9 @@ class Arrival:
             assert self._error is not None
             # Each its own copy: tracebacks of several tasks would pile up on one.
             raise copy.copy(self._error) from self._error
-        return self._view[start - self.start : end - self.start]
+        if start >= end:
+            return memoryview(b"")
+        first, stop = bisect_right(self._starts, start) - 1, bisect_left(self._starts, end)
+        pieces = self._pieces[first:stop]
+        joined = memoryview(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        return joined[start - self._starts[first] : end - self._starts[first]]
