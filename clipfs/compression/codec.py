@@ -30,8 +30,9 @@ MAX_SPAN = 64 << 20
 MAX_FETCH = 512 << 20
 
 # Compressed bytes given to the decoder at a time: what lies behind the end of a gzip member is copied, so this bounds
-# what a span of many tiny members costs.
-_PIECE = 64 << 10
+# what a span of many tiny members costs. In the middle of a member it is more: between two calls, a thread waits for
+# its turn in the interpreter.
+_PIECE, _LARGE_PIECE = 64 << 10, 256 << 10
 
 # Decoded bytes thrown away at a time, and what a zstd frame's output is collected in.
 _DISCARD = 1 << 20
@@ -171,6 +172,7 @@ class _GzipStream:
         self._decoder = isal_zlib.decompressobj(wbits=-zlib.MAX_WBITS, zdict=span.window)
         self._stream: memoryview | None = None
         self._at = 0
+        self._piece = _PIECE
         self._ended = False  # a member has, and its footer is next
 
     def decode(self, data: bytes | memoryview, wanted: int) -> Iterator[bytes]:
@@ -184,7 +186,7 @@ class _GzipStream:
             if self._ended:
                 # Only now: a span may end where a member does, and then nobody needs to know what follows.
                 self._at, self._ended = header_end(self._stream, self._at + FOOTER), False
-            fed = self._stream[self._at : self._at + _PIECE]
+            fed = self._stream[self._at : self._at + self._piece]
             try:
                 piece = self._decoder.decompress(fed, min(wanted, _DISCARD))
             except _IsalError as error:
@@ -197,7 +199,10 @@ class _GzipStream:
                     early = self._decoder.unused_data[: -self._at]
                     self._stream, self._at = memoryview(b"".join((early, self._stream))), 0
                 self._decoder, self._ended = isal_zlib.decompressobj(wbits=-zlib.MAX_WBITS), True
-            elif not piece and not fed:
+                self._piece = _PIECE
+            elif piece:
+                self._piece = _LARGE_PIECE
+            elif not fed:
                 raise _BrokenError("they end too early")
             if piece:
                 yield piece
