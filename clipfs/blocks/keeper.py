@@ -1,16 +1,16 @@
-"""Looks after the disk cache behind everybody's back: writes spans to it, in one thread, of low priority.
+"""Looks after the disk cache behind everybody's back: writes spans to it, in one thread.
 
 Compressing for the disk costs as much as decoding does, and nobody waits for it. What is yet to be written can be read
 here, and is bounded in bytes. Where more comes than can be compressed, it is written as it is, which takes a quarter of
 the time; who brings even more waits until there is room.
+
+The thread's priority is that of the others: one that has to wait for a core keeps the interpreter from all of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -24,23 +24,19 @@ log = logging.getLogger(__name__)
 # Decoded bytes that may wait to be written: what read-ahead may be ahead, twice.
 _BACKLOG = 32 << 20
 
-# With so many, what comes is not compressed. Over 100 MB/s a large file came with 70 MB/s, and with 61 when this was
-# 8 MiB.
-_BEHIND = 2 << 20
+# With so many, what comes is not compressed.
+_BEHIND = 8 << 20
 
 # Seconds to wait for room. A disk may hang, and whoever has the cache's lock may be stopped: then nothing is kept until
 # the disk answers again.
 _PATIENCE = 10
-
-# As `nice` has it: whoever waits for a read comes first.
-_NICE = 10
 
 
 class Keeper:
     """Belongs to one trio run; `close` when it ends, which writes what is left."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "clipfs-keeper", initializer=_give_way)
+        self._pool = ThreadPoolExecutor(1, "clipfs-keeper")
         self._backlog = 0
         self._unwritten: dict[bytes, Sequence[bytes]] = {}
         self._room = trio.Event()
@@ -103,8 +99,3 @@ class Keeper:
     def close(self) -> None:
         """Write what is left. Blocks, for a tenth of a second at most."""
         self._pool.shutdown()
-
-
-def _give_way() -> None:
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
