@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import ExitStack, aclosing
 from functools import partial
 
 import trio
@@ -17,7 +17,7 @@ from clipfs.blocks.arrival import Arrival
 from clipfs.blocks.counters import Counters
 from clipfs.blocks.disk import Claim, DiskCache
 from clipfs.blocks.flight import RANGE, Flight, SpanFetcher, of_each_frame
-from clipfs.blocks.frames import Frame, Frames
+from clipfs.blocks.frames import Frames, Turn
 from clipfs.blocks.journal import Journal
 from clipfs.blocks.keeper import Keeper
 from clipfs.blocks.link import Link
@@ -55,28 +55,29 @@ class Carrier:
         self.link = Link()
 
     async def bring(self, group: list[Flight], claims: dict[int, Claim], why: str) -> None:
-        """Fetch spans that lie together as one range, and decode them: those of one frame one after the other."""
-        jobs: list[tuple[int, int, Callable[[Arrival], Awaitable[None]]]] = []
-        async with AsyncExitStack() as stack:
+        """Fetch spans that lie together as one range, and decode them: those of one frame one after the other.
+
+        What the spans need is asked for at once, though others may be at their frame.
+        """
+        layer, extents = group[0].layer, list[tuple[int, int]]()
+        jobs: list[Callable[[Arrival], Awaitable[None]]] = []
+        with ExitStack() as turns:
             for flights in of_each_frame(group):
-                if not flights[0].forward:
-                    span = flights[0].span
-                    jobs.append((span.start, span.end, partial(self._decode, flights[0], claims, why)))
-                    continue
-                # In ascending order, so that no two who take several wait for each other.
-                frame = await stack.enter_async_context(self.frames.at(flights[0].layer, flights[0].number))
-                missing = [flight for flight in flights if not flight.landed]
-                if missing:
-                    numbers, start, end = frame.next(missing[0].number, missing[-1].number, RANGE)
-                    job = partial(self._decode_forward, frame, missing, numbers, start, claims, why)
-                    jobs.append((start, end, job))
-            if not jobs:
-                return
-            layer, start, end = group[0].layer, min(start for start, _, _ in jobs), max(end for _, end, _ in jobs)
+                first, last = flights[0], flights[-1]
+                if first.forward:
+                    turn = self.frames.book(layer, first.number, last.number, RANGE)
+                    turns.callback(turn.close)
+                    jobs.append(partial(self._decode_forward, turn, flights, claims, why))
+                    extents += [turn.extent] if turn.extent else []
+                else:
+                    jobs.append(partial(self._decode, first, claims, why))
+                    extents.append((first.span.start, first.span.end))
+            start, end = min((start for start, _ in extents), default=0), max((end for _, end in extents), default=0)
             arrival = _expected(layer, start, end)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._fetch, arrival, group, why)
-                for _, _, decode_it in jobs:
+                if extents:
+                    nursery.start_soon(self._fetch, arrival, group, why)
+                for decode_it in jobs:
                     nursery.start_soon(decode_it, arrival)
 
     async def _fetch(self, arrival: Arrival, group: list[Flight], why: str) -> None:
@@ -134,22 +135,20 @@ class Carrier:
         return blocks
 
     async def _decode_forward(
-        self,
-        frame: Frame,
-        flights: list[Flight],
-        numbers: range,
-        start: int,
-        claims: dict[int, Claim],
-        why: str,
-        arrival: Arrival,
+        self, turn: Turn, flights: list[Flight], claims: dict[int, Claim], why: str, arrival: Arrival
     ) -> None:
-        """Spans of one frame, whose lock we have. Those that decoding passes on its way land too, or are kept.
+        """Spans of one frame, when it is their turn. Those that decoding passes on its way land too, or are kept.
 
-        The frame needs the bytes from `start` on for spans `numbers`, which come in `arrival`; more are fetched.
+        What they need comes in `arrival`, unless those before them did not do what they had booked.
         """
-        layer, last, distrusted = flights[0].layer, flights[-1].number, False
+        layer, used, distrusted = flights[0].layer, False, False
         try:
-            while True:
+            frame = await turn.come()
+            while missing := [flight for flight in flights if not flight.landed]:
+                numbers, start, end = frame.next(missing[0].number, missing[-1].number, RANGE)
+                if used or not arrival.start <= start <= end <= arrival.end:
+                    arrival = await self._fetched(missing, start, end, why)
+                used = True
                 try:
                     async with aclosing(frame.parts(numbers, start, arrival, singly=distrusted)) as parts:
                         async for part, data in parts:
@@ -164,13 +163,10 @@ class Carrier:
                         raise
                     distrusted = True
                     self._distrust(layer, numbers.start, start, error)
-                missing = [flight for flight in flights if not flight.landed]
-                if not missing:
-                    return
-                numbers, start, end = frame.next(missing[0].number, last, RANGE)
-                arrival = await self._fetched(missing, start, end, why)
         except Exception as error:  # noqa: BLE001  raised again by everybody who waits
             self._fail(flights, error)
+        finally:
+            turn.close()
 
     async def _passed(self, layer: int, number: int, blocks: list[bytes], claim: Claim | None) -> None:
         self._land(layer, number, blocks)
