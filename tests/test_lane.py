@@ -1,4 +1,4 @@
-"""Who may fetch ahead: a few always, many where they take the link a moment only."""
+"""Who may be on the link: a few always, many where they take it a moment only; and until when."""
 
 from __future__ import annotations
 
@@ -90,3 +90,49 @@ async def test_room_comes_back_from_who_fails_or_is_cancelled() -> None:
             async with narrow.room(RANGE):
                 raise AssertionError("there is no room")
     assert await entered(narrow, RANGE) == 3
+
+
+async def test_whose_bytes_have_come_makes_room_for_the_next() -> None:
+    """Yet what is unfinished stays bounded, and one that is finished makes room for one more."""
+    narrow = lane(0)
+    rooms = [narrow.room(RANGE) for _ in range(8)]
+    assert [room.free.is_set() for room in rooms] == [True] * 3 + [False] * 5
+    async with rooms[0]:
+        rooms[0].arrived()
+        assert [room.free.is_set() for room in rooms] == [True] * 4 + [False] * 4
+        for room in rooms[1:]:
+            room.arrived()
+        assert [room.free.is_set() for room in rooms] == [True] * 6 + [False] * 2, "24 MiB"
+    assert [room.free.is_set() for room in rooms] == [True] * 7 + [False]
+
+
+async def test_small_ones_that_are_unfinished_are_bounded_too() -> None:
+    narrow = lane(1e12)
+    rooms = [narrow.room(10 * KIB) for _ in range(30)]
+    for room in rooms:
+        room.arrived()
+    assert sum(room.free.is_set() for room in rooms) == 16
+
+
+async def test_the_order_is_that_of_asking_not_of_entering() -> None:
+    narrow, order = lane(0), []
+    rooms = [narrow.room(RANGE) for _ in range(6)]
+
+    async def take(number: int) -> None:
+        async with rooms[number]:
+            order.append(number)
+            await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        for number in (5, 4, 3):
+            nursery.start_soon(take, number)
+            await trio.testing.wait_all_tasks_blocked()
+        for number in (0, 1, 2):
+            narrow.leave(rooms[number])
+            await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert order == [3, 4, 5]
+
+
+async def test_who_waits_for_others_has_more_room() -> None:
+    assert await entered(Lane(Link(), 8), RANGE) == 8

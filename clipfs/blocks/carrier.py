@@ -54,10 +54,11 @@ class Carrier:
         self.frames = Frames(layers)
         self.link = Link()
 
-    async def bring(self, group: list[Flight], claims: dict[int, Claim], why: str) -> None:
+    async def bring(self, group: list[Flight], claims: dict[int, Claim], why: str, arrived: Callable[[], None]) -> None:
         """Fetch spans that lie together as one range, and decode them: those of one frame one after the other.
 
-        What the spans need is asked for at once, though others may be at their frame.
+        What the spans need is asked for at once, though others may be at their frame. arrived: called when all bytes
+        are here, or will not come.
         """
         layer, extents = group[0].layer, list[tuple[int, int]]()
         jobs: list[Callable[[Arrival], Awaitable[None]]] = []
@@ -76,11 +77,11 @@ class Carrier:
             arrival = _expected(layer, start, end)
             async with trio.open_nursery() as nursery:
                 if extents:
-                    nursery.start_soon(self._fetch, arrival, group, why)
+                    nursery.start_soon(self._fetch, arrival, group, why, arrived)
                 for decode_it in jobs:
                     nursery.start_soon(decode_it, arrival)
 
-    async def _fetch(self, arrival: Arrival, group: list[Flight], why: str) -> None:
+    async def _fetch(self, arrival: Arrival, group: list[Flight], why: str, arrived: Callable[[], None]) -> None:
         """Have these bytes come. An error is for those who wait for them; what came before it has been fetched."""
         layer, error = group[0].layer, None
         try:
@@ -88,6 +89,7 @@ class Carrier:
         except Exception as raised:  # noqa: BLE001  raised again by everybody who waits
             error = raised
         arrival.close(error)
+        arrived()
         size, seconds = arrival.come - arrival.start, time.monotonic() - arrival.asked
         if error is None:
             self.link.note(size, min(arrival.delay, seconds), seconds)
@@ -102,7 +104,7 @@ class Carrier:
     async def _fetched(self, group: list[Flight], start: int, end: int, why: str) -> Arrival:
         """These bytes once more, or more of them, all here or failed."""
         arrival = _expected(group[0].layer, start, end)
-        await self._fetch(arrival, group, why)
+        await self._fetch(arrival, group, why, _nothing)
         return arrival
 
     async def _decode(self, flight: Flight, claims: dict[int, Claim], why: str, arrival: Arrival) -> None:
@@ -180,6 +182,10 @@ def _expected(layer: int, start: int, end: int) -> Arrival:
     if not 0 <= end - start <= MAX_FETCH:
         raise FormatError(f"the index is damaged: bytes {start} to {end} of layer {layer} are no range to fetch")
     return Arrival(start, end)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _decode(codec: Codec, span: Span, data: memoryview) -> list[bytes]:

@@ -22,11 +22,11 @@ from clipfs.blocks.disk import Claim, DiskCache
 from clipfs.blocks.flight import Flight, SpanFetcher, neighbours, together
 from clipfs.blocks.journal import Journal
 from clipfs.blocks.keeper import Keeper
-from clipfs.blocks.lane import Lane
+from clipfs.blocks.lane import Lane, Room
 from clipfs.blocks.plan import BLOCK, IndexView
 from clipfs.errors import ClipfsError
 
-# Ranges under way at once for those who wait. Each holds its compressed and decoded bytes in memory.
+# Ranges on the link at once for those who wait.
 _RANGES = 8
 
 # Without a cache on disk, what nobody has asked for is fetched only if memory has so many bytes to keep it in.
@@ -55,7 +55,6 @@ class Flights:
         self._index, self._layers = index, index.layers
         self._memory, self._disk = memory, disk
         self._flights: dict[tuple[int, int], Flight] = {}
-        self._ranges = trio.CapacityLimiter(_RANGES)
         # zstandard, isal and hashlib let go of the interpreter while they work.
         self._decoders = trio.CapacityLimiter(max(2, min(os.cpu_count() or 1, 4)))
         self.keeper = Keeper()
@@ -70,7 +69,7 @@ class Flights:
             counters=counters,
             journal=journal,
         )
-        self._ahead = Lane(self._carrier.link)
+        self._asked, self._ahead = Lane(self._carrier.link, _RANGES), Lane(self._carrier.link)
         self._waiters = trio.CapacityLimiter(64)
         self._nursery: trio.Nursery | None = None
         self._urgent = 0
@@ -126,7 +125,7 @@ class Flights:
             # An index that is damaged behind what somebody wants is no fault of that.
             with contextlib.suppress(ClipfsError):
                 group.extend(self._further(group))
-            self._nursery.start_soon(self._fly, group, why)
+            self._nursery.start_soon(self._fly, group, why, self._room(group, why))
         return boarded
 
     def _flight(self, layer: int, number: int, wanted: int = 0) -> Flight:
@@ -173,30 +172,26 @@ class Flights:
             blocks.append(block)
         return blocks
 
-    def _room(self, group: Sequence[Flight], why: str) -> contextlib.AbstractAsyncContextManager[object]:
+    def _room(self, group: Sequence[Flight], why: str) -> Room:
         """Its turn to be under way, for a range that brings these spans."""
-        if why == "read":
-            return self._ranges
-        return self._ahead.room(group[-1].span.end - group[0].span.start)
+        lane = self._asked if why == "read" else self._ahead
+        return lane.room(group[-1].span.end - group[0].span.start)
 
-    async def _fly(self, group: list[Flight], why: str) -> None:
+    async def _fly(self, group: list[Flight], why: str, room: Room) -> None:
         """Bring spans that lie together. Errors go to those who wait, and end nothing else."""
         if why == "read":
             self._urgent += 1
             if self._urgent == 1:
                 self._calm = trio.Event()
         try:
-            async with self._room(group, why):
-                mine = group
-                claims: dict[int, Claim] = {}
-                others: dict[int, Flight] = {}
-                if self._disk is not None:
-                    claims, others = await trio.to_thread.run_sync(self._claim, group, limiter=self._decoders)
-                    mine = [flight for flight in group if flight.number in claims and not flight.landed]
+            async with room:
+                claims, others = self._claim(group)
                 try:
+                    await self._land_stored(group, claims)
+                    mine = [flight for flight in group if flight.number not in others and not flight.landed]
                     # What others brought meanwhile may have left gaps.
                     for part in neighbours(mine):
-                        await self._carrier.bring(part, claims, why)
+                        await self._carrier.bring(part, claims, why, room.arrived)
                 finally:
                     for claim in claims.values():
                         claim.release()
@@ -215,22 +210,34 @@ class Flights:
     # --- other processes
 
     def _claim(self, group: list[Flight]) -> tuple[dict[int, Claim], dict[int, Flight]]:
-        """In a thread: the claims on those spans that are ours to fetch, and the flights that others have begun. What
-        has come onto the disk meanwhile lands at once."""
-        assert self._disk is not None
+        """The claims on those spans that are ours to fetch, and the flights that others have begun.
+
+        Not in a thread: each takes some microseconds, and a thread would wait as long for its turn in the interpreter.
+        """
         claims: dict[int, Claim] = {}
         others: dict[int, Flight] = {}
-        for flight in group:
-            digest = flight.span.digest
-            claim = self._disk.claim(digest)
-            if claim is None:
-                others[flight.number] = flight
-                continue
-            claims[flight.number] = claim
-            blocks = self._stored(flight)
-            if blocks is not None:
-                trio.from_thread.run_sync(self._land, flight, blocks)
+        if self._disk is not None:
+            for flight in group:
+                claim = self._disk.claim(flight.span.digest)
+                if claim is None:
+                    others[flight.number] = flight
+                else:
+                    claims[flight.number] = claim
         return claims, others
+
+    async def _land_stored(self, group: list[Flight], claims: dict[int, Claim]) -> None:
+        """What has come onto the disk before we claimed it lands at once."""
+        disk = self._disk
+        stored = [each for each in group if disk and each.number in claims and disk.has(each.span.digest)]
+
+        def load() -> None:
+            for flight in stored:
+                blocks = self._stored(flight)
+                if blocks is not None:
+                    trio.from_thread.run_sync(self._land, flight, blocks)
+
+        if stored:
+            await trio.to_thread.run_sync(load, limiter=self._decoders)
 
     def _stored(self, flight: Flight) -> list[bytes] | None:
         """In a thread: all blocks of a span, if the disk has them."""
@@ -248,8 +255,8 @@ class Flights:
         if blocks is not None:
             self._land(flight, blocks)
         elif not flight.landed:
-            async with self._room([flight], why):
-                await self._carrier.bring([flight], {}, why)
+            async with self._room([flight], why) as room:
+                await self._carrier.bring([flight], {}, why, room.arrived)
 
     # --- the end of a flight
 
