@@ -65,6 +65,8 @@ class SpanTable(MadeSpans):
         self._words, self._halves = self._records.cast("Q"), self._records.cast("I")
         self._positions = self._words[::_SPAN_WORDS]
         self._seek_of = self._halves[_SEEK_HALF::_SPAN_HALVES]
+        # The last place that decoding can begin at, and its window: most spans share it with the one before.
+        self._latest = -1, b""
 
     def __len__(self) -> int:
         return self._count
@@ -80,7 +82,10 @@ class SpanTable(MadeSpans):
             and (not skip or (self._codec is not Codec.RAW and 0 < skip <= max(position, MAX_SKIP)))
         ):
             raise FormatError(f"{self._name} is damaged: span {number} of a layer is outside of it")
-        window = self._window(window_at, window_length) if window_length else b""
+        known, window = self._latest
+        if known != seek:
+            window = self._window(window_at, window_length) if window_length else b""
+            self._latest = seek, window
         return Span(start, end, position, length, digest, bit, skip, window)
 
     def find(self, offset: int) -> int:
