@@ -17,7 +17,7 @@ from benchmarks.workload import BIG, Workload
 
 DOWNLOAD = "plain download of the layer"
 
-_WHY = "Fetching, decoding and the disk cache wait for each other: the two cores that all share are not always busy."
+_WHY = "The threads that decode and that write the disk cache wait for their turn in the interpreter that serves reads."
 
 
 def streaming(workload: Workload) -> Section:
