@@ -171,6 +171,33 @@ class TestLook:
         assert lines["zero"].split()[4] == "1,5"
         assert "2023-11-14 22:13:20" in lines["hello"]
 
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "ls CLIP -l /usr",
+            "ls CLIP /usr -l",
+            "ls -l CLIP --insecure /usr",
+            "ls -l CLIP -- /usr",
+            "ls -l -- CLIP /usr",
+        ],
+    )
+    def test_options_stand_anywhere(self, words: str, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([str(clip) if word == "CLIP" else word for word in words.split()]) == 0
+        (line,) = capsys.readouterr().out.splitlines()
+        assert (line[:1], line.split()[LS_NAME]) == ("d", "bin")
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            ("ls", "the following arguments are required: X; see `clipfs ls --help`"),
+            ("ls -l X / -x --bogus", "unrecognized arguments: -x --bogus; see `clipfs ls --help`"),
+            ("ls X / -l /usr", "unrecognized arguments: /usr; see `clipfs ls --help`"),
+        ],
+    )
+    def test_a_wrong_ls(self, words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(words.split()) == 2
+        assert said in capsys.readouterr().err
+
     def test_ls_shows_a_time_that_no_calendar_has(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """tmpfs keeps any, and who makes a clip can write any."""
         times = {b"first": -(1 << 63), b"last": (1 << 63) - 1, b"usual": 1}

@@ -41,13 +41,22 @@ _X = "a .clip file or the name of an image, see below"
 
 
 class _Parser(argparse.ArgumentParser):
+    #: One positional may be left out, and is taken for that at an option behind the others: what is left over then is
+    #: another try's. Not the default, as that knows neither subcommands nor what takes the rest of the line.
+    mixed = False
+    _halfway = False
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """A command's parser leaves what it does not know to the one above, whose help says nothing about it."""
         found, unknown = super().parse_known_args(args, namespace)
-        if unknown:
+        if unknown and self.mixed and not self._halfway:
+            self._halfway = True  # it comes back here, for the options first and then for the rest
+            found, unknown = self.parse_known_intermixed_args(args, namespace)
+            self._halfway = False
+        if unknown and not self._halfway:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return found, unknown
 
@@ -147,8 +156,8 @@ Commands = argparse._SubParsersAction  # noqa: SLF001  argparse gives the type n
 
 def _command(
     commands: Commands[_Parser], name: str, module: str, summary: str, *, epilog: str = texts.IMAGE_NAMES
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
+) -> _Parser:
+    parser: _Parser = commands.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
@@ -208,6 +217,7 @@ def _add_image_commands(commands: Commands[_Parser]) -> None:
     _add_source_options(parser)
 
     parser = _command(commands, "ls", "look", "list files of an image; fetches nothing")
+    parser.mixed = True
     parser.add_argument("target", metavar="X", help=_X)
     parser.add_argument("path", metavar="PATH", nargs="?", default="/", help="in the image (default: /)")
     parser.add_argument("-l", dest="long", action="store_true", help="with mode, owner, size and time")
