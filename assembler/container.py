@@ -58,6 +58,14 @@ class Container:
             raise clipfs.MountError(f"cannot keep containers in {base}: {error.strerror}{hint}") from error
         return cls(base, container_id, lock)
 
+    @staticmethod
+    def check_base(base: Path) -> None:
+        """UsageError if there is no directory `base`, or one of something else; it may be misspelt."""
+        if not base.is_dir():
+            raise clipfs.UsageError(f"there is no directory {base}")
+        if not (base / _BASE_LOCK).exists() and any(base.iterdir()):
+            raise clipfs.UsageError(f"{base} is no directory of containers: nothing in it is from `clipfs run`")
+
     @classmethod
     def abandoned(cls, base: Path, *, kept: bool = False) -> Iterator[Self]:
         """Those whose owners are gone, locked now by this process; with `kept`, also those left on purpose."""

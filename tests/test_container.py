@@ -16,6 +16,7 @@ import pytest
 import assembler
 import clipfs
 from assembler import Container, kernel, names
+from clipfs.cli.main import main
 from tests.conftest import require_root
 
 
@@ -155,6 +156,22 @@ class TestGc:
     def test_a_base_that_does_not_exist_is_clean(self, base: Path) -> None:
         assert assembler.gc(base) == []
         assert not base.exists()
+
+    def test_a_base_that_is_named_must_be_one(
+        self, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("CLIPFS_STATE", str(tmp_path / "state"))
+        assert main(["gc", "--base", str(base)]) == 2
+        assert capsys.readouterr().err == f"clipfs: there is no directory {base}\n"
+        base.mkdir(parents=True)
+        assert main(["gc", "--base", str(base)]) == 0, "there may be some later"
+        (base / "file").touch()
+        assert main(["gc", "--base", str(base)]) == 2
+        assert capsys.readouterr().err.startswith(f"clipfs: {base} is no directory of containers: ")
+        assert [each.name for each in base.iterdir()] == ["file"]
+        abandon(base, "web")
+        assert main(["gc", "--base", str(base)]) == 0
+        assert capsys.readouterr().err == "removed container web\n"
 
     def test_leaves_for_another_time_what_cannot_be_removed(self, base: Path, caplog: pytest.LogCaptureFixture) -> None:
         for name in ("a", "b", "c"):

@@ -109,6 +109,8 @@ def upgrade(args: argparse.Namespace) -> int:
 
 def gc(args: argparse.Namespace) -> int:
     """Remove containers whose `clipfs run` was killed, then mounts whose process was."""
+    if args.base:
+        assembler.Container.check_base(args.base)
     try:
         for left in assembler.gc(args.base or containers_dir()):
             print(f"removed container {left}", file=sys.stderr)
