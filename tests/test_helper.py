@@ -101,13 +101,37 @@ def test_sloppy_forgives_unknown_options_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("0", 0), ("512", 512), ("64k", 65536), ("64M", 1 << 26), ("2GiB", 2 << 30), ("1tb", 1 << 40)]
+    ("text", "count"),
+    [
+        ("0", 0),
+        ("512", 512),
+        ("64k", 65536),
+        ("64M", 1 << 26),
+        ("2GiB", 2 << 30),
+        ("1tb", 1 << 40),
+        (str((1 << 63) - 1), (1 << 63) - 1),
+    ],
 )
 def test_sizes(text: str, count: int) -> None:
     assert byte_count(text, "cache=") == count
 
 
-@pytest.mark.parametrize("text", ["", "M", "-1", "1.5G", "1X", "1MM", "0x10", "１"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "M",
+        "-1",
+        "1.5G",
+        "1X",
+        "1MM",
+        "0x10",
+        "１",
+        pytest.param("9" * 5000, id="thousands of digits"),
+        str(1 << 63),
+        "8388608T",
+    ],
+)
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match="cache="):
         byte_count(text, "cache=")

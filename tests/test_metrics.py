@@ -147,7 +147,9 @@ def test_addresses(text: str, address: str) -> None:
     assert endpoint(text) == address
 
 
-@pytest.mark.parametrize("text", ["", "host", "host:", "1:2x", "h:65536", "h:-1", "h:٣"])
+@pytest.mark.parametrize(
+    "text", ["", "host", "host:", "1:2x", "h:65536", "h:-1", "h:٣", pytest.param("1" * 5000, id="thousands of digits")]
+)
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(UsageError, match="metrics are served at HOST:PORT"):
         endpoint(text)

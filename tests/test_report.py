@@ -253,6 +253,8 @@ class TestJson:
             ({"bytes_total": True}, "bytes_total"),
             ({"bytes_total": 10**400}, "bytes_total"),
             ({"fetched_share": float("inf")}, "fetched_share"),
+            ({"fetched_share": float("nan")}, "fetched_share"),
+            ({"fetched_share": 10**400}, "fetched_share"),
             ({"layers": [{}]}, r"layers\[0\].digest"),
             ({"fetches": {}}, "fetches"),
             ({"said": [{"at": 0, "kind": "x", "message": 1}]}, r"said\[0\].message"),
@@ -263,7 +265,7 @@ class TestJson:
         with pytest.raises(UsageError, match=f"x.json is no report of a mount: .*{words}"):
             parse(raw, "x.json")
 
-    @pytest.mark.parametrize("raw", [b"", b"[]", b"1", b"\xff", b"[" * 100_000, b'{"version":'])
+    @pytest.mark.parametrize("raw", [b"", b"[]", b"1", b"\xff", b"[" * 100_000, b"1" * 5000, b'{"version":'])
     def test_what_is_no_json(self, raw: bytes) -> None:
         with pytest.raises(UsageError, match=r"x\.json is no report of a mount"):
             parse(raw, "x.json")

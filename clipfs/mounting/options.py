@@ -26,6 +26,9 @@ _IGNORED_KEYS = frozenset(("user", "helper", "uhelper", "comment", "user_id", "g
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
+# Of a size: below the 2^63 bytes that a file, a disk or a limit can have. int() refuses thousands of digits.
+_DIGITS = 19
+
 _LONGEST_TIMEOUT = 3600.0
 
 # What stands before a path in the name of an image, or of what carries its data.
@@ -233,7 +236,7 @@ def report_path(text: str) -> Path:
 def endpoint(text: str) -> str:
     """``PORT``, ``:PORT`` or ``HOST:PORT`` as the last; who names no host means this machine."""
     host, _, port = text.rpartition(":")
-    if not (port.isascii() and port.isdecimal() and int(port) < 1 << 16):
+    if not (port.isascii() and port.isdecimal() and len(port) <= 5 and int(port) < 1 << 16):
         raise UsageError(f"metrics are served at HOST:PORT, such as 127.0.0.1:9464, not at '{text}'")
     return f"{host or '127.0.0.1'}:{port}"
 
@@ -261,6 +264,7 @@ def byte_count(text: str, what: str) -> int:
     number = text.upper().removesuffix("B").removesuffix("I")
     unit = number[-1:] if number[-1:].isalpha() else ""
     digits = number.removesuffix(unit)
-    if unit not in _UNITS or not digits.isascii() or not digits.isdigit():
+    known = unit in _UNITS and digits.isascii() and digits.isdigit() and len(digits) <= _DIGITS
+    if not known or (count := int(digits) << _UNITS[unit]) >= 1 << 63:
         raise UsageError(f"{what} wants a size such as 512M or 2G, not '{text}'")
-    return int(digits) << _UNITS[unit]
+    return count

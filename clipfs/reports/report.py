@@ -10,7 +10,6 @@ since the mount began.
 from __future__ import annotations
 
 import json
-import math
 import types
 import typing
 from collections.abc import Sequence
@@ -176,7 +175,8 @@ def _load(kind: Any, value: Any, where: str) -> Any:
         return {key: _load(arguments[1], each, f"{where}.{key}") for key, each in value.items()}
     if origin is types.UnionType:
         return None if value is None else _load(arguments[0], value, where)
-    if kind is float and type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e15:
+    # No NaN is below it; nor must it become a float to be compared, which an integer may be too large for.
+    if kind is float and type(value) in (int, float) and abs(value) < 1e15:
         return float(value)
     # Counters have 64 bits.
     if kind in (int, str, bool) and type(value) is kind and (kind is not int or abs(value) < 1 << 64):
