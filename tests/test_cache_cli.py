@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from clipfs.blocks.disk import DiskCache
 from clipfs.blocks.store import pack
 from clipfs.cli.main import main
 from tests.conftest import require_root
-from tests.mounts import BIG
+from tests.mounts import BIG, SECONDS
 from tests.test_disk import everything, keep, span
 
 pytest_plugins = ["tests.mount_fixtures"]
@@ -173,6 +174,24 @@ class TestVerify:
         file_of(cache, kept[0]).write_bytes(b"")
         assert main(["cache", "verify", "--cache-dir", str(cache.directory)]) == 65
         assert capsys.readouterr().out == f"{cache.directory}: 4 of 5 spans are good; removed 1 that were not, 0 B\n"
+
+    def test_what_cannot_be_removed(
+        self, cache: DiskCache, kept: list[bytes], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        require_root()
+        file_of(cache, kept[0]).write_bytes(b"")
+        directory = cache.directory
+        subprocess.run(["mount", "--bind", "-o", "ro", directory, directory], check=True, timeout=SECONDS)
+        try:
+            assert told(capsys, cache, "verify", code=65)["not_removed"] == [kept[0].hex()]
+            assert main(["cache", "verify", "--cache-dir", str(directory)]) == 65
+        finally:
+            subprocess.run(["umount", directory], check=True, timeout=SECONDS)
+        assert capsys.readouterr().out == (
+            f"{directory}: 4 of 5 spans are good; could not remove 1 that are not, 0 B: Read-only file system\n"
+        )
+        assert told(capsys, cache, "verify", code=65)["not_removed"] == []
+        assert not file_of(cache, kept[0]).exists()
 
 
 def test_a_directory_that_others_can_write_to(

@@ -127,13 +127,15 @@ class DiskCache:
         """Is the span here? Whether its file is good shows when it is read: this is asked of all that an image has."""
         return os.access(self.files.name(digest), os.F_OK)
 
-    def _remove(self, digest: bytes) -> None:
-        """Remove a file. Its span is fetched again as if it had never been here."""
-        path = self._path(digest)
+    def remove(self, digest: bytes) -> None:
+        """Remove a file. Its span is fetched again as if it had never been here. OSError if it stays."""
         self.files.forget(digest)
         # It is counted on, until the next eviction counts anew: others may hold the total for long.
+        self._path(digest).unlink(missing_ok=True)
+
+    def _remove(self, digest: bytes) -> None:
         with contextlib.suppress(OSError):
-            path.unlink()
+            self.remove(digest)
 
     # --- fetching
 
@@ -200,7 +202,7 @@ class DiskCache:
                 yield Stored(path.parent.name + path.name, _on_disk(found.st_size), found.st_mtime, path)
 
     def verify(self, digest: str) -> bool:
-        """Read a span whole. False, and it is gone, if it is damaged."""
+        """Read a span whole. False if it is damaged."""
         name, hasher = bytes.fromhex(digest), hashlib.sha256()
         path = self._path(name)
         try:
@@ -208,14 +210,11 @@ class DiskCache:
             entry = Entry(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), name)
             for number in range(len(entry)):
                 hasher.update(entry.read(number, 1, wait=True)[0])
-            good = hasher.digest() == name
+            return hasher.digest() == name
         except (FileNotFoundError, OutdatedError):
             return True  # evicted a moment ago, or replaced when somebody needs it
         except (DamagedError, OSError):
-            good = False  # what cannot be read is of no more use than what is wrong
-        if not good:
-            self._remove(name)
-        return good
+            return False  # what cannot be read is of no more use than what is wrong
 
     def trim(self, limit: int, *, stale: float = _STALE) -> int:
         """Evict until `limit` bytes are left, and remove what dead writers left `stale` seconds ago or earlier. Returns

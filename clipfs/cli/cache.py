@@ -101,22 +101,34 @@ def _freed(disk: DiskCache, before: int, left: int) -> tuple[dict[str, Any], str
 def _verify(disk: DiskCache) -> tuple[dict[str, Any], str]:
     stored, shown = sorted(disk.stored()), progress()
     shown.begin("verifying", sum(each.size for each in stored))
-    damaged = []
+    damaged: list[Stored] = []
+    left: list[Stored] = []
+    why: str | None = None
     for each in stored:
         if not disk.verify(each.digest):
             damaged.append(each)
+            try:
+                disk.remove(bytes.fromhex(each.digest))
+            except OSError as error:
+                left.append(each)
+                why = error.strerror
         shown.advance(each.size)
     shown.end()
-    lost = sum(each.size for each in damaged)
+    lost, kept = (sum(each.size for each in some) for some in (damaged, left))
     facts = {
         "directory": str(disk.directory),
         "spans": len(stored),
         "bytes": sum(each.size for each in stored),
         "damaged": [each.digest for each in damaged],
         "damaged_bytes": lost,
+        "not_removed": [each.digest for each in left],
     }
-    good = f"{disk.directory}: {len(stored) - len(damaged)} of {len(stored)} spans are good"
-    return facts, good + (f"; removed {len(damaged)} that were not, {size(lost)}" if damaged else "")
+    sentence = f"{disk.directory}: {len(stored) - len(damaged)} of {len(stored)} spans are good"
+    if len(damaged) > len(left):
+        sentence += f"; removed {len(damaged) - len(left)} that were not, {size(lost - kept)}"
+    if left:
+        sentence += f"; could not remove {len(left)} that are not, {size(kept)}: {why}"
+    return facts, sentence
 
 
 _ACTIONS = {"ls": _ls, "gc": _gc, "prune": _prune, "verify": _verify}
