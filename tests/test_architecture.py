@@ -48,6 +48,7 @@ ORDER = (
     "clipfs.format.check",
     "clipfs.format.index",
     # Below this line, trio.
+    "clipfs.blocking",
     "clipfs.blocks.plan",
     "clipfs.blocks.cache",
     "clipfs.blocks.counters",
@@ -105,7 +106,6 @@ ORDER = (
     "clipfs.reports.picture",
     "clipfs.reports.page",
     "clipfs.reports.metrics",
-    "clipfs.building.blocking",
     "clipfs.building.webclip",
     "clipfs.building.contents",
     "clipfs.building.layer_pass",
@@ -125,7 +125,7 @@ ORDER = (
     "clipfs.mounting.daemon",
     "clipfs.mounting.mounter",
 )
-FIRST_WITH_TRIO = ORDER.index("clipfs.blocks.plan")
+FIRST_WITH_TRIO = ORDER.index("clipfs.blocking")
 
 # Where the public names come together and where the command line begins: these may look at anything below them.
 PACKAGES = ("blocks", "building", "compression", "erofs", "format", "layers", "mounting", "reports")

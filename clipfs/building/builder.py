@@ -15,9 +15,9 @@ from pathlib import Path
 
 import trio
 
-from clipfs import sources, state
+from clipfs import blocking, sources, state
 from clipfs.aside import check_place, written_aside
-from clipfs.building import blocking, webclip
+from clipfs.building import webclip
 from clipfs.building.contents import index_by_contents
 from clipfs.building.layer_pass import Progress, Silent, blob_at_hand, index_layer
 from clipfs.compression.spans import SPAN_SIZE

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipfs import blocking
 from clipfs.blocks.counters import Counters
 from clipfs.blocks.reader import BlockReader
-from clipfs.building import blocking
 from clipfs.errors import ClipfsError, UsageError, shown
 from clipfs.format.index import Index, Node
 from clipfs.sources.fetcher import SourceOptions

@@ -19,10 +19,10 @@ from typing import IO
 
 import trio
 
+from clipfs import blocking
 from clipfs.aside import written_aside
 from clipfs.blocks.counters import Counters
 from clipfs.blocks.reader import BlockReader
-from clipfs.building import blocking
 from clipfs.building.builder import Progress, Silent, index_for
 from clipfs.building.pile import SPAN, Pile
 from clipfs.building.rootfs import Rootfs

@@ -10,9 +10,8 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TypeVar
 
-from clipfs import state
+from clipfs import blocking, state
 from clipfs.aside import written_aside
-from clipfs.building import blocking
 from clipfs.format.check import check_sections
 from clipfs.format.container import Header
 from clipfs.oci import Digest

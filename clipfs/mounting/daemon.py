@@ -29,7 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
-from clipfs import errors
+from clipfs import blocking, errors
 from clipfs import log as logs
 from clipfs.errors import ClipfsError, MountError
 from clipfs.mounting import kernel, mountinfo
@@ -137,8 +137,7 @@ def start(
 
     standby: that process, if it has been started already. meanwhile: called when it has been told.
     """
-    if "trio" in sys.modules and sys.modules["trio"].lowlevel.in_trio_run():
-        raise errors.UsageError("mount() blocks; inside of trio call it as `await trio.to_thread.run_sync(mount, …)`")
+    blocking.check("mount()", "mount, …")
     device = os.stat(mountpoint).st_dev
     deadline = time.monotonic() + _START_SECONDS
     with standby or Standby() as server:
