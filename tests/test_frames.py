@@ -131,6 +131,26 @@ async def test_turns_come_in_the_order_in_which_they_were_booked() -> None:
     assert frame.book(0, 0, RANGE, lambda: None).extent == (SPANS[0].start, SPANS[0].end)
 
 
+async def test_one_that_was_closed_before_it_came_leaves_the_frame_to_who_is_at_it() -> None:
+    """As where the index is damaged behind: two who decode at once would spoil what they share."""
+    frame = Frame(Codec.ZSTD, SPANS, SPANS.frame(0))
+    first, second = frame.book(0, 0, RANGE, lambda: None), frame.book(1, 1, RANGE, lambda: None)
+    await first.come()
+    second.close()
+    third, come = frame.book(2, 2, RANGE, lambda: None), []
+
+    async def take() -> None:
+        come.append(await third.come())
+
+    with trio.fail_after(SECONDS):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(take)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not come
+            first.close()
+    third.close()
+
+
 async def test_nobody_waits_for_much_more_than_he_wants(fetcher: FakeFetcher, monkeypatch: pytest.MonkeyPatch) -> None:
     most = 2 * MB
     monkeypatch.setattr(frames, "_AT_ONCE", most)

@@ -60,10 +60,11 @@ class Frame:
         self._latest = Turn(self, self._latest, extent, end)
         return self._latest
 
-    def over(self, turn: Turn) -> None:
-        """That turn is. Nothing refers to it any more: they and their frames would be garbage in a circle."""
-        if turn is self._latest:
-            self._latest = None
+    def over(self) -> None:
+        """A turn is. Nothing refers to it any more: they and their frames would be garbage in a circle."""
+        while self._latest is not None and self._latest.over.is_set():
+            # One that was closed before it came says nothing of those before it.
+            self._latest = self._latest.before
 
     def _from(self, at: int, last: int, most: int) -> tuple[range, int, int]:
         """As `next`, when decoding has come to span `at`."""
@@ -135,7 +136,7 @@ class Turn:
     def close(self) -> None:
         """It is over, whether it has come or not."""
         self.over.set()
-        self._frame.over(self)
+        self._frame.over()
         self._end()
 
 
