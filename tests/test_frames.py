@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import trio
@@ -19,7 +20,7 @@ from clipfs.errors import SourceError
 from clipfs.format.container import Codec
 from tests.images import compress
 from tests.streams import KB, MB, mixed, scanned
-from tests.views import FakeFetcher, FakeIndex, Spans, View
+from tests.views import FakeFetcher, FakeIndex, Spans, View, raising
 
 pytestmark = pytest.mark.usefixtures("near")
 
@@ -108,6 +109,29 @@ async def test_if_others_fail_more_is_asked_for(fetcher: FakeFetcher) -> None:
                 assert len(fetcher.ranges) == 3
                 fetcher.gate.set()
     assert fetcher.ranges[3:] == [(0, SPANS[0].start, SPANS[1].end)], "the third had what it needed"
+
+
+async def test_nobody_waits_for_bytes_that_nobody_asked_for(fetcher: FakeFetcher) -> None:
+    """The index is damaged: no byte is needed for a span, though some are for the one before it."""
+    spans = Spans(SPANS)
+    spans[1] = replace(spans[1], end=spans[1].start)
+    assert spans[1].start == 0
+    fetcher.changes.append(raising(SourceError("away")))
+    with trio.fail_after(SECONDS):
+        view = View(spans, Codec.ZSTD, BLOB, PLAIN)
+        async with (
+            BlockReader(FakeIndex([view]), fetcher, counters=Counters.private()) as reader,
+            trio.open_nursery() as nursery,
+        ):
+
+            async def fail(number: int) -> None:
+                with pytest.raises(SourceError):
+                    await reader.read(spans[number].position, 10)
+
+            for number in (3, 1):
+                nursery.start_soon(fail, number)
+                await trio.testing.wait_all_tasks_blocked()
+            fetcher.gate.set()
 
 
 async def test_turns_come_in_the_order_in_which_they_were_booked() -> None:

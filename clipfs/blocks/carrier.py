@@ -78,6 +78,8 @@ class Carrier:
             async with trio.open_nursery() as nursery:
                 if extents:
                     nursery.start_soon(self._fetch, arrival, group, why, arrived)
+                else:
+                    arrival.close()  # an index that is damaged may say that it has what is needed
                 for decode_it in jobs:
                     nursery.start_soon(decode_it, arrival)
 
