@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+import tracemalloc
 from itertools import pairwise
 
 import pytest
 import trio
 import trio.testing
 
+from clipfs.blocks import arrival as arrival_module
 from clipfs.blocks.arrival import Arrival
 from clipfs.blocks.link import Link
 from clipfs.errors import SourceError
@@ -112,13 +114,29 @@ class TestLink:
         assert link.further == 1600 << 10
 
 
-async def test_any_part_of_what_came_in_any_pieces() -> None:
+async def test_bytes_that_come_one_by_one_take_little_more_than_their_room() -> None:
+    size = 100_000
+    arrival, data = Arrival(0, size), random.Random(5).randbytes(size)
+    tracemalloc.start()
+    try:
+        for at in range(0, size, 2):
+            arrival.add(data[at : at + 2])
+            arrival.add(b"")
+        assert tracemalloc.get_traced_memory()[0] < 2 * size
+    finally:
+        tracemalloc.stop()
+    assert bytes(await arrival.bytes(1, size - 1)) == data[1:-1]
+
+
+async def test_any_part_of_what_came_in_any_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrival_module, "_SMALL", 30)
     chance, data = random.Random(3), random.Random(4).randbytes(1000)
     for _ in range(50):
         cuts = sorted({0, 1000, *(chance.randrange(1, 1000) for _ in range(chance.randrange(20)))})
         arrival = Arrival(500, 1500)
         for start, stop in pairwise(cuts):
             arrival.add(data[start:stop])
+            arrival.add(b"")
         for start, stop in [
             (0, 0),
             (1000, 1000),

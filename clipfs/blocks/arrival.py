@@ -12,6 +12,10 @@ import trio
 
 from clipfs.errors import SourceError
 
+# Pieces that are smaller together are joined: each takes some hundred bytes beside its own, and a server may send a
+# range byte by byte.
+_SMALL = 1 << 10
+
 
 class Arrival:
     """Bytes [start, end) of a layer. come: up to where they are here. asked: when they were asked for, by the monotonic
@@ -36,8 +40,11 @@ class Arrival:
         come = self.come + len(piece)
         if come > self.end:
             raise SourceError(f"{self.end - self.start} bytes of a layer were asked for, and more came")
-        self._pieces.append(piece)
-        self._starts.append(self.come)
+        if self._pieces and len(self._pieces[-1]) + len(piece) <= _SMALL:
+            self._pieces[-1] += piece
+        else:
+            self._pieces.append(piece)
+            self._starts.append(self.come)
         self.come = come
         while self._waiting and self._waiting[0][0] <= come:
             heapq.heappop(self._waiting)[2].set()
