@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
 import pytest
 import trio
+import trio.testing
 
+from clipfs.blocks.counters import Counters
+from clipfs.blocks.disk import DiskCache
 from clipfs.blocks.flight import RANGE
 from clipfs.blocks.lane import Lane
 from clipfs.blocks.link import Link
+from clipfs.blocks.reader import BlockReader, Tiers
+from tests.views import FakeFetcher, FakeIndex, View
 
 KIB = 1 << 10
 
@@ -136,3 +144,41 @@ async def test_the_order_is_that_of_asking_not_of_entering() -> None:
 
 async def test_who_waits_for_others_has_more_room() -> None:
     assert await entered(Lane(Link(), 8), RANGE) == 8
+
+
+async def test_a_range_that_others_have_the_middle_of_has_come_when_its_last_part_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One part is asked for after the other: none may be on the link in the room that another range was given."""
+    monkeypatch.setattr(Link, "note", lambda *_: None)
+    view = View.raw(random.Random(6).randbytes(32 * 64 * KIB), [64 * KIB])
+    fetcher, coming, most = FakeFetcher(FakeIndex([view])), 0, 0
+    fetch = fetcher.fetch
+
+    async def slow(layer: int, start: int, end: int) -> bytes:
+        nonlocal coming, most
+        coming += 1
+        most = max(most, coming)
+        await trio.sleep(0.01)
+        coming -= 1
+        data = await fetch(layer, start, end)
+        if len(fetcher.ranges) == 2 * len(claims):
+            asked.set()
+        return data
+
+    fetcher.fetch = slow  # type: ignore[method-assign]
+    others = DiskCache(tmp_path, 1 << 30)
+    claims = [others.claim(view.spans.digest(number)) for number in range(1, 32, 4)]
+    asked = trio.Event()
+    wanted = {(0, number): 0 for number in range(32) if number % 4 != 3}
+    tiers = Tiers(disk=DiskCache(tmp_path, 1 << 30))
+    with trio.fail_after(20):
+        async with BlockReader(FakeIndex([view]), fetcher, counters=Counters.private(), tiers=tiers) as reader:
+            flights = reader.flights.board(wanted, "ahead")
+            await asked.wait()
+            for claim in claims:
+                assert claim is not None
+                claim.release()
+            for flight in flights:
+                await flight.blocks()
+    assert most == 3

@@ -190,8 +190,10 @@ class Flights:
                     await self._land_stored(group, claims)
                     mine = [flight for flight in group if flight.number not in others and not flight.landed]
                     # What others brought meanwhile may have left gaps.
-                    for part in neighbours(mine):
-                        await self._carrier.bring(part, claims, why, room.arrived)
+                    parts = neighbours(mine)
+                    for part in parts:
+                        last = part is parts[-1]
+                        await self._carrier.bring(part, claims, why, room.arrived if last else lambda: None)
                 finally:
                     for claim in claims.values():
                         claim.release()
