@@ -9,12 +9,16 @@ import pytest
 import trio
 import trio.testing
 
+from clipfs.blocks import carrier
 from clipfs.blocks.counters import Counters
 from clipfs.blocks.disk import DiskCache
 from clipfs.blocks.flight import RANGE
 from clipfs.blocks.lane import Lane
 from clipfs.blocks.link import Link
 from clipfs.blocks.reader import BlockReader, Tiers
+from clipfs.format.container import Codec
+from tests.images import compress
+from tests.streams import mixed
 from tests.views import FakeFetcher, FakeIndex, View
 
 KIB = 1 << 10
@@ -146,39 +150,54 @@ async def test_who_waits_for_others_has_more_room() -> None:
     assert await entered(Lane(Link(), 8), RANGE) == 8
 
 
+class Crowd(FakeFetcher):
+    """most: how many ranges were on the link at once."""
+
+    coming = most = 0
+
+    async def fetch(self, layer: int, start: int, end: int) -> bytes:
+        self.coming += 1
+        self.most = max(self.most, self.coming)
+        await trio.sleep(0.01)
+        self.coming -= 1
+        return await super().fetch(layer, start, end)
+
+
 async def test_a_range_that_others_have_the_middle_of_has_come_when_its_last_part_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One part is asked for after the other: none may be on the link in the room that another range was given."""
     monkeypatch.setattr(Link, "note", lambda *_: None)
     view = View.raw(random.Random(6).randbytes(32 * 64 * KIB), [64 * KIB])
-    fetcher, coming, most = FakeFetcher(FakeIndex([view])), 0, 0
-    fetch = fetcher.fetch
-
-    async def slow(layer: int, start: int, end: int) -> bytes:
-        nonlocal coming, most
-        coming += 1
-        most = max(most, coming)
-        await trio.sleep(0.01)
-        coming -= 1
-        data = await fetch(layer, start, end)
-        if len(fetcher.ranges) == 2 * len(claims):
-            asked.set()
-        return data
-
-    fetcher.fetch = slow  # type: ignore[method-assign]
-    others = DiskCache(tmp_path, 1 << 30)
+    fetcher, others = Crowd(FakeIndex([view])), DiskCache(tmp_path, 1 << 30)
     claims = [others.claim(view.spans.digest(number)) for number in range(1, 32, 4)]
-    asked = trio.Event()
     wanted = {(0, number): 0 for number in range(32) if number % 4 != 3}
     tiers = Tiers(disk=DiskCache(tmp_path, 1 << 30))
     with trio.fail_after(20):
         async with BlockReader(FakeIndex([view]), fetcher, counters=Counters.private(), tiers=tiers) as reader:
             flights = reader.flights.board(wanted, "ahead")
-            await asked.wait()
+            for number in range(0, 32, 4):
+                await flights[number // 4 * 3].blocks()
+                await flights[number // 4 * 3 + 2].blocks()
             for claim in claims:
                 assert claim is not None
                 claim.release()
             for flight in flights:
                 await flight.blocks()
-    assert most == 3
+    assert fetcher.most == 3
+
+
+async def test_a_range_that_comes_bit_by_bit_has_come_when_all_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Link, "note", lambda *_: None)
+    monkeypatch.setattr(carrier, "RANGE", 64 * KIB)
+    view = View.of(compress(mixed(2048 * KIB), "zstd"), Codec.ZSTD, 64 * KIB)
+    size, count = len(view.plain), 8
+    index = FakeIndex([view] * count, [(layer * size, layer, 0, size) for layer in range(count)])
+    fetcher = Crowd(index)
+    with trio.fail_after(20):
+        async with BlockReader(index, fetcher, counters=Counters.private()) as reader:
+            last = len(view.spans) - 1
+            for flight in reader.flights.board({(layer, last): 0 for layer in range(count)}, "ahead"):
+                await flight.blocks()
+    assert len(fetcher.ranges) > 3 * count
+    assert fetcher.most == 3

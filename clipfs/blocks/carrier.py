@@ -77,7 +77,9 @@ class Carrier:
             arrival = _expected(layer, start, end)
             async with trio.open_nursery() as nursery:
                 if extents:
-                    nursery.start_soon(self._fetch, arrival, group, why, arrived)
+                    # Of a long frame more is asked for when that is decoded.
+                    whole = end >= group[-1].span.end
+                    nursery.start_soon(self._fetch, arrival, group, why, arrived if whole else _nothing)
                 else:
                     arrival.close()  # an index that is damaged may say that it has what is needed
                 for decode_it in jobs:
