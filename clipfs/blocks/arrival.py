@@ -56,8 +56,8 @@ class Arrival:
         while self._waiting:
             self._waiting.pop()[2].set()
 
-    async def bytes(self, start: int, end: int) -> memoryview:
-        """Bytes [start, end) of the layer, when they are here; or the error that ended it before they were."""
+    async def reach(self, end: int) -> None:
+        """Return when the bytes before `end` are here; or the error that ended it before they were."""
         if self.come < end and self._error is None:
             here = trio.Event()
             self._waited += 1
@@ -67,6 +67,10 @@ class Arrival:
             assert self._error is not None
             # Each its own copy: tracebacks of several tasks would pile up on one.
             raise copy.copy(self._error) from self._error
+
+    async def bytes(self, start: int, end: int) -> memoryview:
+        """Bytes [start, end) of the layer, when they are here; errors as `reach`."""
+        await self.reach(end)
         if start >= end:
             return memoryview(b"")
         first, stop = bisect_right(self._starts, start) - 1, bisect_left(self._starts, end)

@@ -81,7 +81,7 @@ class Frame:
         """What to decode next of the spans `numbers`, whose bytes begin at `start`: those whose bytes have come, though
         not too many, or one after the other, if some may be wrong."""
         while numbers:
-            await arrival.bytes(start, self._spans[numbers.start].end)
+            await arrival.reach(self._spans[numbers.start].end)
             here, length = 1, self._spans[numbers.start].length
             while not singly and here < len(numbers) and self._spans[numbers[here]].end <= arrival.come:
                 length += self._spans[numbers[here]].length

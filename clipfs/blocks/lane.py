@@ -7,7 +7,6 @@ bytes have come makes room for the next at once: the link is idle otherwise, whi
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from types import TracebackType
 from typing import Self
@@ -51,7 +50,7 @@ class Lane:
 
     def leave(self, room: Room) -> None:
         """That range is finished, or not wanted any more."""
-        with contextlib.suppress(ValueError):
+        if not room.free.is_set():
             self._waiting.remove(room)
         self._unfinished.discard(room)
         self.come(room)
