@@ -114,8 +114,8 @@ async def test_whose_bytes_have_come_makes_room_for_the_next() -> None:
         assert [room.free.is_set() for room in rooms] == [True] * 4 + [False] * 4
         for room in rooms[1:]:
             room.arrived()
-        assert [room.free.is_set() for room in rooms] == [True] * 6 + [False] * 2, "24 MiB"
-    assert [room.free.is_set() for room in rooms] == [True] * 7 + [False]
+        assert [room.free.is_set() for room in rooms] == [True] * 4 + [False] * 4, "16 MiB"
+    assert [room.free.is_set() for room in rooms] == [True] * 5 + [False] * 3
 
 
 async def test_small_ones_that_are_unfinished_are_bounded_too() -> None:

@@ -24,7 +24,7 @@ _SECONDS = 0.1
 
 # Bytes of ranges that may be unfinished, if there are more than a few of them: whoever brings bytes faster than they
 # are decoded and written must not fill the memory with them.
-_UNFINISHED = 6 * RANGE
+_UNFINISHED = 4 * RANGE
 
 
 class Lane:
