@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 # Decoded bytes that may wait to be written: what read-ahead may be ahead, twice.
 _BACKLOG = 32 << 20
 
-# With so many, what comes is not compressed.
+# With so many, what comes is not compressed. Over 100 MB/s a large file came with 75 MB/s, and with 72 when this was
+# 2 MiB.
 _BEHIND = 8 << 20
 
 # Seconds to wait for room. A disk may hang, and whoever has the cache's lock may be stopped: then nothing is kept until
