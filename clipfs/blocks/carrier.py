@@ -54,11 +54,13 @@ class Carrier:
         self.frames = Frames(layers)
         self.link = Link()
 
-    async def bring(self, group: list[Flight], claims: dict[int, Claim], why: str, arrived: Callable[[], None]) -> None:
+    async def bring(
+        self, group: list[Flight], claims: dict[int, Claim], why: str, arrived: Callable[[int], None]
+    ) -> None:
         """Fetch spans that lie together as one range, and decode them: those of one frame one after the other.
 
-        What the spans need is asked for at once, though others may be at their frame. arrived: called when all bytes
-        are here, or will not come.
+        What the spans need is asked for at once, though others may be at their frame; of a long frame more is when that
+        is decoded. arrived: told when the bytes up to there are here, or will not come.
         """
         layer, extents = group[0].layer, list[tuple[int, int]]()
         jobs: list[Callable[[Arrival], Awaitable[None]]] = []
@@ -69,7 +71,8 @@ class Carrier:
                     turn = self.frames.book(layer, first.number, last.number, RANGE)
                     turns.callback(turn.close)
                     jobs.append(partial(self._decode_forward, turn, flights, claims, why))
-                    extents += [turn.extent] if turn.extent else []
+                    if turn.extent:
+                        extents.append(turn.extent)
                 else:
                     jobs.append(partial(self._decode, first, claims, why))
                     extents.append((first.span.start, first.span.end))
@@ -77,15 +80,15 @@ class Carrier:
             arrival = _expected(layer, start, end)
             async with trio.open_nursery() as nursery:
                 if extents:
-                    # Of a long frame more is asked for when that is decoded.
-                    whole = end >= group[-1].span.end
-                    nursery.start_soon(self._fetch, arrival, group, why, arrived if whole else _nothing)
+                    nursery.start_soon(self._fetch, arrival, group, why, arrived)
                 else:
                     arrival.close()  # an index that is damaged may say that it has what is needed
                 for decode_it in jobs:
                     nursery.start_soon(decode_it, arrival)
 
-    async def _fetch(self, arrival: Arrival, group: list[Flight], why: str, arrived: Callable[[], None]) -> None:
+    async def _fetch(
+        self, arrival: Arrival, group: list[Flight], why: str, arrived: Callable[[int], None] = lambda _: None
+    ) -> None:
         """Have these bytes come. An error is for those who wait for them; what came before it has been fetched."""
         layer, error = group[0].layer, None
         try:
@@ -93,7 +96,7 @@ class Carrier:
         except Exception as raised:  # noqa: BLE001  raised again by everybody who waits
             error = raised
         arrival.close(error)
-        arrived()
+        arrived(arrival.end)
         size, seconds = arrival.come - arrival.start, time.monotonic() - arrival.asked
         if error is None:
             self.link.note(size, min(arrival.delay, seconds), seconds)
@@ -108,7 +111,7 @@ class Carrier:
     async def _fetched(self, group: list[Flight], start: int, end: int, why: str) -> Arrival:
         """These bytes once more, or more of them, all here or failed."""
         arrival = _expected(group[0].layer, start, end)
-        await self._fetch(arrival, group, why, _nothing)
+        await self._fetch(arrival, group, why)
         return arrival
 
     async def _decode(self, flight: Flight, claims: dict[int, Claim], why: str, arrival: Arrival) -> None:
@@ -186,10 +189,6 @@ def _expected(layer: int, start: int, end: int) -> Arrival:
     if not 0 <= end - start <= MAX_FETCH:
         raise FormatError(f"the index is damaged: bytes {start} to {end} of layer {layer} are no range to fetch")
     return Arrival(start, end)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _decode(codec: Codec, span: Span, data: memoryview) -> list[bytes]:

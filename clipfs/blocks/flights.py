@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import trio
 
@@ -190,10 +190,8 @@ class Flights:
                     await self._land_stored(group, claims)
                     mine = [flight for flight in group if flight.number not in others and not flight.landed]
                     # What others brought meanwhile may have left gaps.
-                    parts = neighbours(mine)
-                    for part in parts:
-                        last = part is parts[-1]
-                        await self._carrier.bring(part, claims, why, room.arrived if last else lambda: None)
+                    for part in neighbours(mine):
+                        await self._carrier.bring(part, claims, why, _arrival_of(group, room))
                 finally:
                     for claim in claims.values():
                         claim.release()
@@ -258,7 +256,7 @@ class Flights:
             self._land(flight, blocks)
         elif not flight.landed:
             async with self._room([flight], why) as room:
-                await self._carrier.bring([flight], {}, why, room.arrived)
+                await self._carrier.bring([flight], {}, why, _arrival_of([flight], room))
 
     # --- the end of a flight
 
@@ -286,3 +284,13 @@ class Flights:
             if self._flights.get((flight.layer, flight.number)) is flight:
                 del self._flights[flight.layer, flight.number]
             flight.fail(error)
+
+
+def _arrival_of(group: Sequence[Flight], room: Room) -> Callable[[int], None]:
+    """Told up to where bytes are here: the group may come in parts, and has come with the last of them."""
+
+    def arrived(upto: int) -> None:
+        if upto >= group[-1].span.end:
+            room.arrived()
+
+    return arrived
