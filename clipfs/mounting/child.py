@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import os
 import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from clipfs import errors
 from clipfs.errors import ClipfsError, MountError
 from clipfs.mounting import kernel
 from clipfs.mounting.control import NUDGE, Channel, Job
+from clipfs.program import program
 from clipfs.state import Process
 
 # The module that a worker runs.
@@ -22,12 +21,6 @@ PROGRAM = "clipfs.mounting.worker"
 # Spans are decoded in threads. With an arena for each, glibc keeps half as much again of what they have freed; and it
 # keeps ever larger pieces for itself, unless told from what size on they go back.
 _ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": f"{1 << 20}", "MALLOC_TRIM_THRESHOLD_": f"{8 << 20}"}
-
-# Variables that name a file or a directory: other processes have other working directories.
-_PATHS = (
-    *("CLIPFS_STATE", "CLIPFS_CACHE", "REGISTRY_AUTH_FILE", "DOCKER_CONFIG", "CONTAINERS_REGISTRIES_CONF"),
-    *("SSL_CERT_FILE", "SSL_CERT_DIR"),
-)
 
 # From SIGKILL to the end of a process; only one that is stuck in the kernel needs longer.
 _DEATH_SECONDS = 5.0
@@ -120,19 +113,6 @@ class Child:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
-
-
-def program(module: str, *descriptors: int) -> tuple[list[str], dict[str, str]]:
-    """The command that runs a module of this version of clipfs, which inherits descriptors, and its environment."""
-    home = str(Path(__file__).parents[2])
-    search = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, **absolute_paths(), "PYTHONPATH": search}
-    return [sys.executable, "-P", "-m", module, *map(str, descriptors)], environment
-
-
-def absolute_paths() -> dict[str, str]:
-    """What the environment names relative to the working directory, by variable, so that it means the same anywhere."""
-    return {name: str(Path(path).absolute()) for name in _PATHS if (path := os.environ.get(name))}
 
 
 def known_error(kind: str, sentence: str) -> ClipfsError:

@@ -33,8 +33,9 @@ from clipfs import blocking, errors
 from clipfs import log as logs
 from clipfs.errors import ClipfsError, MountError
 from clipfs.mounting import kernel, mountinfo
-from clipfs.mounting.child import Child, absolute_paths, known_error, program
+from clipfs.mounting.child import Child, known_error
 from clipfs.mounting.options import MountOptions
+from clipfs.program import absolute_paths, program
 from clipfs.state import MountRecord, Process, records, remove_files
 
 log = logging.getLogger(__name__)
