@@ -257,7 +257,8 @@ class TestDamage:
         other = [blocks[0], blocks[0][:100]]
         head, *_ = store.pack(digest, [bytes(BLOCK), bytes(BLOCK)], compress=True)
         _, _, *frames = store.pack(digest, other, compress=True)
-        rows = b"".join(store._ROW.pack(len(frame), isal_zlib.crc32(frame)) for frame in frames)
+        crcs = [isal_zlib.crc32(b"".join(frames[:stop])) for stop in range(1, len(frames) + 1)]
+        rows = b"".join(store._ROW.pack(len(frame), crc) for frame, crc in zip(frames, crcs, strict=True))
         head = head[: store._HEAD.size] + rows
         [stored] = cache.stored()
         stored.path.write_bytes(b"".join([head, store._CRC.pack(isal_zlib.crc32(head)), *frames]))

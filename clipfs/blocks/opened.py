@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 
-from clipfs.blocks.store import Entry, WouldWaitError
+from clipfs.blocks.store import Entry, WouldWaitError, place
 
 # Opening a file takes four turns of a cold disk, a read from an open one takes one. What another process evicts takes
 # its room until it is closed here, so they are so few that they cannot have more than a share of the cache's limit; nor
@@ -67,6 +67,5 @@ class OpenFiles:
             self._open.pop(digest, None)
 
     def name(self, digest: bytes) -> str:
-        """Where the file of a span is. A string: a Path takes as long as opening it does."""
-        name = digest.hex()
-        return f"{self._directory}/{name[:2]}/{name[2:]}"
+        """Where the file of a span is."""
+        return place(self._directory, digest)

@@ -1,9 +1,10 @@
 """One span's blocks as a file: how it is laid out, written and read back.
 
 A file is a head (`_HEAD`: magic, version, size of a block, decoded length, the span's SHA-256), a table (`_ROW` a
-block: length and CRC-32 of what is stored), a CRC-32 of both, and the blocks, one zstd frame each, or as they are where
-that is smaller. So a block is read with one pread and nothing around it is decompressed. Everything is checked before
-it is believed: a machine that lost power may have left anything under a name that was right.
+block: length of what is stored, and the CRC-32 of all that is stored up to its end), a CRC-32 of both, and the blocks,
+one zstd frame each, or as they are where that is smaller. So a block is read with one pread and nothing around it is
+decompressed, and as many as follow each other are checked in one go. Everything is checked before it is believed: a
+machine that lost power may have left anything under a name that was right.
 
 This module knows one file; which there are, and how many may be, is `disk`'s affair.
 """
@@ -16,7 +17,8 @@ import struct
 import threading
 from array import array
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
+from typing import TypeAlias
 
 import zstandard
 from isal import isal_zlib
@@ -24,7 +26,7 @@ from isal import isal_zlib
 from clipfs.blocks.plan import BLOCK
 
 _MAGIC = b"clipspan"
-_VERSION = 1
+_VERSION = 2
 _HEAD = struct.Struct("<8sIIQ32s")
 _ROW = struct.Struct("<II")
 _CRC = struct.Struct("<I")
@@ -43,6 +45,8 @@ _WHOLE = 256 << 10
 
 _local = threading.local()
 
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
 
 class DamagedError(Exception):
     """The file is not what was written."""
@@ -56,10 +60,17 @@ class WouldWaitError(Exception):
     """The bytes are not in the page cache, and the caller does not want to wait for the disk."""
 
 
+def place(directory: str, digest: bytes) -> str:
+    """Where the file of a span is. A string: a Path takes as long as opening it does."""
+    name = digest.hex()
+    return f"{directory}/{name[:2]}/{name[2:]}"
+
+
 def pack(digest: bytes, blocks: Sequence[bytes], *, compress: bool) -> list[bytes]:
     """The file's bytes, in pieces."""
     stored = _squeezed(blocks) if compress else blocks
-    rows = b"".join(_ROW.pack(len(data), isal_zlib.crc32(data)) for data in stored)
+    crcs = accumulate(stored, lambda crc, data: isal_zlib.crc32(data, crc), initial=0)
+    rows = b"".join(_ROW.pack(len(data), crc) for data, crc in zip(stored, islice(crcs, 1, None), strict=True))
     head = _HEAD.pack(_MAGIC, _VERSION, BLOCK, sum(map(len, blocks)), digest) + rows
     return [head, _CRC.pack(isal_zlib.crc32(head)), *stored]
 
@@ -74,7 +85,7 @@ def _squeezed(blocks: Sequence[bytes]) -> list[bytes]:
     ]
 
 
-def _unsqueezed(frames: Sequence[bytes | bytearray | memoryview], lengths: Sequence[int]) -> list[bytes]:
+def _unsqueezed(frames: Sequence[Buffer], lengths: Sequence[int]) -> list[Buffer]:
     """The blocks of these lengths, in one call as well. ZstdError if the frames are of others."""
     if not hasattr(_local, "decompressor"):
         _local.decompressor = zstandard.ZstdDecompressor()
@@ -82,7 +93,7 @@ def _unsqueezed(frames: Sequence[bytes | bytearray | memoryview], lengths: Seque
         return [_local.decompressor.decompress(frames[0], max_output_size=lengths[0])]
     sizes = array("Q", lengths)
     found = _local.decompressor.multi_decompress_to_buffer(list(frames), decompressed_sizes=sizes, threads=1)
-    return [block.tobytes() for block in found]
+    return [memoryview(block) for block in found]
 
 
 class Entry:
@@ -111,14 +122,14 @@ class Entry:
         if len(head) < at + _CRC.size or isal_zlib.crc32(head[:at]) != _CRC.unpack_from(head, at)[0]:
             raise DamagedError
         rows = struct.unpack(f"<{(at - _HEAD.size) // 4}I", head[_HEAD.size : at])
-        self._crcs = array("I", rows[1::2])
+        self._crcs = array("I", (0, *rows[1::2]))
         self._offsets = array("Q", accumulate(rows[::2], initial=at + _CRC.size))
 
     def __del__(self) -> None:
         os.close(self._descriptor)
 
     def __len__(self) -> int:
-        return len(self._crcs)
+        return len(self._crcs) - 1
 
     @property
     def there(self) -> bool:
@@ -131,6 +142,10 @@ class Entry:
 
     def read(self, first: int, count: int, *, wait: bool) -> list[bytes]:
         """So many blocks. DamagedError if they are not what was written; WouldWaitError as `wait` has it."""
+        return [bytes(block) for block in self.view(first, count, wait=wait)]
+
+    def view(self, first: int, count: int, *, wait: bool) -> list[Buffer]:
+        """As `read`, where they came to lie: for who copies them to another place."""
         stop = first + count
         if stop > len(self):
             raise DamagedError
@@ -138,19 +153,16 @@ class Entry:
         size = offsets[stop] - start
         known, self._known = self._known, b""
         if start + size <= len(known):
-            data: bytes | bytearray | memoryview = memoryview(known)[start : start + size]
+            data: Buffer = memoryview(known)[start : start + size]
         else:
             data = os.pread(self._descriptor, size, start) if wait else self._cached(size, start)
-        if len(data) != size:
+        if len(data) != size or isal_zlib.crc32(data, self._crcs[first]) != self._crcs[stop]:
             raise DamagedError
         # One that is alone is taken as it came, and then not copied if it is not compressed.
         view = memoryview(data)
         ends = offsets[first : stop + 1]
-        stored: list[bytes | bytearray | memoryview]
+        stored: list[Buffer]
         stored = [data] if count == 1 else [view[at - start : end - start] for at, end in pairwise(ends)]
-        for block, crc in zip(stored, self._crcs[first:stop], strict=True):
-            if isal_zlib.crc32(block) != crc:
-                raise DamagedError
         lengths = [min(BLOCK, self.length - at * BLOCK) for at in range(first, stop)]
         packed = [at for at in range(count) if len(stored[at]) != lengths[at]]
         if packed:
@@ -162,7 +174,7 @@ class Entry:
                 if len(block) != lengths[at]:
                     raise DamagedError
                 stored[at] = block
-        return [bytes(block) for block in stored]
+        return stored
 
     def _cached(self, size: int, offset: int) -> bytearray:
         data = bytearray(size)
