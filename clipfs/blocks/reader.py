@@ -92,19 +92,24 @@ class BlockReader:
 
     async def __aenter__(self) -> Self:
         self._nursery = await self._manager.__aenter__()
-        self.flights.start(self._nursery)
+        self._start(self._nursery)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         nursery, self._nursery = self._nursery, None
-        self.flights.start(None)
+        self._start(None)
         if nursery is not None:
             nursery.cancel_scope.cancel()
             await self._manager.__aexit__(None, None, None)
         self.flights.close()
         self.journal.close()
+
+    def _start(self, nursery: trio.Nursery | None) -> None:
+        self.flights.start(nursery)
+        if self._disk is not None:
+            self._disk.start(nursery)
 
     def try_read(self, address: int, length: int) -> bytes | None:
         """The bytes if all of them are in memory.
@@ -235,7 +240,7 @@ class BlockReader:
             with contextlib.suppress(ClipfsError):
                 _, missing = self._in_memory(plan(self._index, at, min(_STEP, end - at)))
                 if missing and self._disk is not None:
-                    missing = await self._disk.read(missing, {})
+                    missing = await self._disk.read(missing, {}, ahead=True)
                 spans.update(dict.fromkeys((layer, number) for layer, number, _ in missing))
 
         async with trio.open_nursery() as nursery:

@@ -16,6 +16,8 @@ from clipfs.blocks.cache import MemoryCache
 from clipfs.blocks.counters import Counters
 from clipfs.blocks.disk import DiskCache, WouldWaitError
 from clipfs.blocks.keeper import Keeper
+from clipfs.blocks.loader import Run
+from clipfs.blocks.loads import Loads
 from clipfs.blocks.plan import Key, LayerView, runs
 
 # Blocks that are decompressed on the loop rather than in a thread: each takes 0.04 ms, a thread and back twice
@@ -46,6 +48,11 @@ class DiskTier:
         self._seconds = math.inf  # that the disk takes to answer
         self._reads = 0
         self._threads = trio.CapacityLimiter(_THREADS)
+        self._loads = Loads(disk.directory)
+
+    def start(self, nursery: trio.Nursery | None) -> None:
+        """Processes may be started in this nursery; None: no more."""
+        self._loads.start(nursery)
 
     @property
     def busy(self) -> bool:
@@ -56,8 +63,9 @@ class DiskTier:
         """Somebody has waited for it."""
         self._reads += 1
 
-    async def read(self, keys: Sequence[Key], blocks: dict[Key, bytes]) -> list[Key]:
-        """Take what there is of these into `blocks` and into memory. Returns the keys of what there is not."""
+    async def read(self, keys: Sequence[Key], blocks: dict[Key, bytes], *, ahead: bool = False) -> list[Key]:
+        """Take what there is of these into `blocks` and into memory. Returns the keys of what there is not. ahead: of
+        somebody who reads in sequence, and has not asked for them."""
         await self._loaded(keys)
         known = {key: block for key in keys if (block := self._memory.get(key) or self._unwritten(key)) is not None}
         blocks.update(known)
@@ -67,11 +75,11 @@ class DiskTier:
         # If others wait, too, threads are better: a disk can do several things at a time.
         quick = self._seconds < _QUICK and not self._loading
         try:
-            if len(rest) > _AT_ONCE:
+            if ahead or len(rest) > _AT_ONCE:
                 raise WouldWaitError
             found = self._look_up(rest, wait=quick)
         except WouldWaitError:
-            found = await self._load(rest)
+            found = await self._load(rest, ahead)
         self._counters.from_disk(len(found))
         for key, block in found.items():
             self._memory.put(key, block)
@@ -88,17 +96,37 @@ class DiskTier:
             for event in events.values():
                 await event.wait()
 
-    async def _load(self, keys: Sequence[Key]) -> dict[Key, bytes]:
-        """In a thread, what the disk has of these; who wants the same meanwhile waits."""
+    async def _load(self, keys: Sequence[Key], ahead: bool) -> dict[Key, bytes]:
+        """In a thread or another process, what the disk has of these; who wants the same meanwhile waits."""
         done = trio.Event()
         self._loading.update(dict.fromkeys(keys, done))
         try:
-            return await trio.to_thread.run_sync(self._look_up, keys, limiter=self._threads)
+            found, rest = await self._loaded_aside(keys) if ahead else ({}, keys)
+            if rest:
+                here = await trio.to_thread.run_sync(self._look_up, rest, limiter=self._threads)
+                self._loads.did(len(here) if ahead else 0)
+                found.update(here)
+            return found
         finally:
             for key in keys:
                 if self._loading.get(key) is done:
                     del self._loading[key]
             done.set()
+
+    async def _loaded_aside(self, keys: Sequence[Key]) -> tuple[dict[Key, bytes], list[Key]]:
+        """What another process has found of these, and the keys for which there is none that looks."""
+        wanted = runs(keys)
+        loaded = await self._loads.load(
+            [Run(self._layers[layer].spans.digest(number), first, count) for layer, number, first, count in wanted]
+        )
+        found: dict[Key, bytes] = {}
+        rest: list[Key] = []
+        for (layer, number, first, count), blocks in zip(wanted, loaded, strict=True):
+            if blocks is None:
+                rest += [(layer, number, at) for at in range(first, first + count)]
+            else:
+                found.update({(layer, number, at): block for at, block in enumerate(blocks, first)})
+        return found, rest
 
     def _look_up(self, keys: Sequence[Key], wait: bool = True) -> dict[Key, bytes]:
         """What the disk has of these. wait: else WouldWaitError, if it has to be waited for."""
