@@ -65,8 +65,8 @@ def build(
     span_size: int = SPAN_SIZE,
 ) -> BuildReport:
     """Index the image `name` into the file `out`, which appears whole or not at all. If it is the URL of a packed clip,
-    take the index from there. span_size: decoded bytes of a span, from 64 KiB to 8 MiB: smaller ones make random reads
-    cheaper and the index larger.
+    take the index from there. span_size: decoded bytes between two places of a layer where decoding can begin, at
+    most, from 64 KiB to 8 MiB: fewer make random reads cheaper and the index larger.
 
     Raises ImageError for a broken or hostile image, IntegrityError where a digest does not hold, SourceError where the
     image cannot be read.

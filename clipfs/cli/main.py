@@ -181,7 +181,7 @@ def _add_source_options(parser: argparse.ArgumentParser, *, reads: bool = False)
 def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is kept and fetched ahead")
     group.add_argument(
-        "--cache-dir", type=Path, metavar="DIR", help="decoded data on disk (default: /var/cache/clipfs)"
+        "--cache-dir", type=Path, metavar="DIR", help="decoded data on disk (root's: /var/cache/clipfs/spans)"
     )
     group.add_argument("--cache-size", metavar="SIZE", help="of it at most (default: a tenth of the disk; 0 for none)")
     group.add_argument("--cache-compression", choices=("zstd", "none"), help="default: zstd")
@@ -197,7 +197,9 @@ def _add_image_commands(commands: Commands[_Parser]) -> None:
     parser = _command(commands, "index", "build", "make the .clip index of an image", epilog=texts.INDEXED)
     parser.add_argument("image", metavar="IMAGE", help="its name, see below")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to (default: NAME.clip here)")
-    parser.add_argument("--span-size", default="4M", metavar="SIZE", help="decoded at a time (default: 4M)")
+    parser.add_argument(
+        "--span-size", default="4M", metavar="SIZE", help="between places to begin decoding, at most (default: 4M)"
+    )
     _add_source_options(parser)
 
     parser = _command(
@@ -321,5 +323,7 @@ def _add_run(commands: Commands[_Parser]) -> None:
     group.add_argument("--runtime", default="runc", metavar="runc|crun|PATH", help="default: runc")
     group.add_argument("--dir", dest="required", action="append", default=[], metavar="DIR", help="make it exist")
     group.add_argument("--upper", type=Path, metavar="DIR", help="keep what the container writes here")
-    group.add_argument("--base", type=Path, metavar="DIR", help="where containers live while they run")
+    group.add_argument(
+        "--base", type=Path, metavar="DIR", help="where containers live (default: /var/lib/clipfs/containers)"
+    )
     group.add_argument("--stats", action="store_true", help="say at the end how much was fetched, and how fast")
