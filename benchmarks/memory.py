@@ -102,9 +102,9 @@ def _watched(
         mounting = _peak(processes)
         for pid in processes:
             Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak begins anew, see proc(5)
-        with _sampled(lambda: [*processes, *_children(worker)], found.samples):
+        with _sampled(lambda: [*processes, *_loader(worker)], found.samples):
             act(mountpoint)
-        found.most = max(mounting, _peak([*processes, *_children(worker)]), *(held for _, held in found.samples))
+        found.most = max(mounting, _peak([*processes, *_loader(worker)]), *(held for _, held in found.samples))
     finally:
         clipfs.unmount(mountpoint, force=True)
     return found
@@ -152,7 +152,8 @@ def _section(found: Mapping[str, Mapping[str, Memory]], bound: float, cache: int
     text = (
         "Resident memory of the processes of a mount: supervisor, worker, and the loader that reads ahead from the "
         "disk cache. With empty caches at first if not said otherwise; *most* is the sum of their peaks as the kernel "
-        "has noted them, while the mount was made or afterwards, whichever was larger. What two share counts twice. "
+        "has noted them, while the mount was made or afterwards, whichever was larger, but no less than what was seen "
+        "at any time. What two share counts twice. "
         f"The bound is 150 MB and the LRU of {cache >> 20} MiB, "
         f"{_mb(bound)} in all. **{'It held in every workload' if held else 'It did not hold everywhere'}**."
     )
@@ -172,10 +173,21 @@ def _mb(value: float) -> str:
     return f"{value / 1e6:.0f} MB"
 
 
-def _children(pid: int) -> list[int]:
-    return [
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
+def _loader(worker: int) -> list[int]:
+    """The pid of its loader, if it has one."""
+    found = []
+    with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended, or the loader
+        for task in Path(f"/proc/{worker}/task").iterdir():
+            found += (task / "children").read_text().split()
+    # Before it is that program it shares all memory with the worker.
+    return [int(pid) for pid in found if b"clipfs.blocks.loader" in _command(pid)]
+
+
+def _command(pid: str) -> bytes:
+    """Nothing of a process that has ended."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def _peak(processes: Iterable[int]) -> int:

@@ -90,12 +90,14 @@ def _processes(places: Places) -> dict[int, str]:
     found = {}
     me = Path("/proc/self/cmdline").read_bytes()
     ours = [f"={prefix}".encode() for prefix in places.prefixes]
+    named = [f"\0{prefix}".encode() for prefix in places.prefixes]
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             command = (process / "cmdline").read_bytes()
             environment = (process / "environ").read_bytes()
-            # A daemon of ours is a fork of this process, or was started below it and has our directories to work in.
-            if command == me or any(place in environment for place in ours):
+            # A daemon of ours is a fork of this process, or was started below it and has our directories to work in:
+            # in its environment, or, of those whose environment is none of their business, as an argument.
+            if command == me or any(place in environment for place in ours) or any(place in command for place in named):
                 found[int(process.name)] = repr(command.decode(errors="replace"))
     return found
 

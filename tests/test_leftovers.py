@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -43,6 +44,20 @@ def _a_process(places: Places, here: Path) -> Iterator[None]:
     started = subprocess.run(
         ["sh", "-c", "sleep 1000 >/dev/null 2>&1 & echo $!"], stdout=subprocess.PIPE, text=True, check=True
     )
+    try:
+        yield
+    finally:
+        os.kill(int(started.stdout), 9)
+
+
+@contextmanager
+def _a_process_without_environment(places: Places, here: Path) -> Iterator[None]:
+    """As one that gets no secrets: its arguments tell."""
+    code = "import os, signal; print(os.getpid(), flush=True); os.close(1); signal.pause()"
+    started = subprocess.run(
+        ["sh", "-c", 'env -i "$1" -c "$2" "$3" 2>/dev/null &', "sh", sys.executable, code, places.state],
+        stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
     try:
         yield
     finally:
@@ -108,6 +123,7 @@ KINDS = {
     "mount": _a_mount,
     "loop device": _a_loop_device,
     "process": _a_process,
+    "process ": _a_process_without_environment,
     "child process": _a_child,
     "socket": _a_socket,
     "descriptor": _a_listener,

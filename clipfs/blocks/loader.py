@@ -1,9 +1,9 @@
 """A process that loads blocks from the disk cache for a reader: in an interpreter of its own, on a core of its own.
 
-``python -m clipfs.blocks.loader CHANNEL MEMORY DIRECTORY``, the first two being descriptors: of a socket on which it is
-asked, and of memory that both sides see, in slots. A question (`Question`) names runs of blocks and a slot; the answer
-(`answered`) has the lengths of the blocks that lie in the slot now, one behind the other. It ends when nobody is left
-to ask.
+``python -m clipfs.blocks.loader WIRE CHANNEL MEMORY DIRECTORY``. CHANNEL and MEMORY are descriptors: of a socket on
+which it is asked, and of memory that both sides see, in slots. A question (`Question`) names runs of blocks and a slot;
+the answer (`answered`) has the lengths of the blocks that lie in the slot now, one behind the other. It ends when
+nobody is left to ask.
 
 It knows nothing but the files of the cache. What is wrong with one it leaves to who has asked, who will see it, too.
 """
@@ -26,9 +26,6 @@ from typing import NamedTuple
 from clipfs.blocks.plan import BLOCK
 from clipfs.blocks.store import DamagedError, Entry, place
 
-# What both sides must agree on, who may be of different versions while clipfs is being replaced.
-WIRE = 1
-
 #: Blocks and runs of a question at most. Read-ahead asks for what 2 MiB consist of, which is 33 blocks or a few more.
 BLOCKS, RUNS = 48, 64
 #: Bytes of a slot.
@@ -37,6 +34,9 @@ SLOT = BLOCKS * BLOCK
 MESSAGE = 1 << 13
 #: What is said first.
 READY = b"ready"
+#: What both sides must agree on: a worker may be older than the loader that is installed by the time it needs one. The
+#: first number changes with anything else here, or in what an answer means.
+WIRE = f"1.{BLOCK}.{SLOT}"
 
 _HEAD = struct.Struct("<II")
 _RUN = struct.Struct("<32sII")
@@ -108,7 +108,7 @@ class _Loading(NamedTuple):
 def main() -> int:
     """Answer until nobody asks any more."""
     wire, channel, memory, directory = sys.argv[1:]
-    if int(wire) != WIRE:
+    if wire != WIRE:
         return 1
     # What is typed at a terminal is for who has started this, and who is told by the socket.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

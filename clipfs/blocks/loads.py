@@ -34,7 +34,7 @@ _WORTH = 512
 _PATIENCE = 10
 
 # What of the environment it is to have: how its interpreter finds things and handles memory.
-_ITS = ("PYTHON", "LD_", "MALLOC_")
+_ITS = ("PYTHON", "MALLOC_", "LD_LIBRARY_PATH", "LD_PRELOAD")
 
 _Found = list[list[bytes] | None]
 
@@ -120,8 +120,9 @@ class Loads:
                         await self._serve(ours, theirs, memory)
                 finally:
                     os.close(memory)
-        except OSError as error:
-            log.warning("cannot have another process read the cache, this one does: %s", error.strerror)
+        except Exception as error:  # reported, and the mount lives on
+            trace = None if isinstance(error, OSError) else error
+            log.warning("cannot have another process read the cache, this one does: %s", error, exc_info=trace)
             self._failed = True
         finally:
             self._begun, self._done = False, 0
@@ -153,13 +154,13 @@ class Loads:
     async def _hear(self, ours: socket.socket) -> bool:
         """Take answers, until it has not been asked for a while. False if it ends before, or does not answer."""
         while True:
-            asked = bool(self._waiting)
+            owes, began = self._owes, trio.current_time()
             with trio.move_on_after(_PATIENCE) as patience:
                 await trio.lowlevel.wait_readable(ours)
             if patience.cancelled_caught:
-                # What was asked meanwhile has its time as well.
-                if asked == bool(self._waiting):
-                    return not asked
+                # What was asked meanwhile has its time as well; and so has it if this process stood still, too.
+                if owes == self._owes and trio.current_time() - began < 2 * _PATIENCE:
+                    return not owes
                 continue
             try:
                 message = ours.recv(MESSAGE)
@@ -174,6 +175,11 @@ class Loads:
             else:
                 slot = slot_of(message)
                 self._answer(slot, answered(message, self._memory, self._waiting[slot].runs))
+
+    @property
+    def _owes(self) -> bool:
+        """Has it something to say?"""
+        return self._channel is None or bool(self._waiting)
 
 
 def _questions(runs: Sequence[Run]) -> Iterator[Sequence[Run]]:

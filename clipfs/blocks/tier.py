@@ -32,6 +32,9 @@ _THREADS = 8
 # Each answer counts for a tenth of the average, so that a slow one sends the next dozen to threads.
 _QUICK, _LATE = 0.0005, 0.1
 
+# Who wants less in memory than this would not want another process there, which takes more.
+_ROOM = 32 << 20
+
 # After so many reads that waited for the disk, who starts this image does something else than earlier runs did.
 _MANY = 32
 
@@ -104,7 +107,8 @@ class DiskTier:
             found, rest = await self._loaded_aside(keys) if ahead else ({}, keys)
             if rest:
                 here = await trio.to_thread.run_sync(self._look_up, rest, limiter=self._threads)
-                self._loads.did(len(here) if ahead else 0)
+                if ahead and self._memory.limit >= _ROOM:
+                    self._loads.did(len(here))
                 found.update(here)
             return found
         finally:
