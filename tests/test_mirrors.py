@@ -306,6 +306,12 @@ class TestTurns:
         await trio.sleep(6)
         assert not mirror.rests
 
+    async def test_trouble_that_many_meet_counts_once(self, autojump_clock: trio.testing.MockClock) -> None:
+        mirror, main = Server("mirror"), Server("main")
+        for turns in [Turns([mirror, main], "blob", 0, Deadlines()) for _ in range(8)]:
+            await turns.failed(Transient("reset"))
+        assert round(mirror._rests_until - trio.current_time()) == 5
+
     async def test_four_rounds_of_all(self, autojump_clock: trio.testing.MockClock) -> None:
         places = [Server("a"), Server("b"), Server("main")]
         turns, asked = Turns(places, "blob", 0, Deadlines()), []

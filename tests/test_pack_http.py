@@ -203,6 +203,22 @@ class TestOtherServers:
         async with serving(altered(weak, content)) as web:
             await read_all(f"{web.url}/x.clip", tmp_path)
 
+    async def test_one_that_is_replaced_while_its_header_comes(self, content: bytes) -> None:
+        answers = [Reply(206, content[:1024], {"ETag": '"a"', "Content-Range": f"bytes 0-1023/{len(content)}"}, cut=10)]
+
+        def replacing(request: Request) -> Reply:
+            whole = ranged(request, content)
+            first = request.path == "/x.clip" and answers
+            return answers.pop() if first else replace(whole, headers={**whole.headers, "ETag": '"b"'})
+
+        async with serving(replacing) as web:
+            place = WebFile(f"{web.url}/x.clip", SourceOptions())
+            try:
+                with pytest.raises(SourceError, match="was replaced while its header was read"):
+                    await place.header()
+            finally:
+                await place.aclose()
+
     @pytest.mark.parametrize("later", [{"ETag": '"b"'}, {}, {"Content-Range": "bytes 0-9/77"}])
     async def test_one_that_sends_ranges_of_whatever_it_has_by_now(self, content: bytes, later: dict[str, str]) -> None:
         """It does not heed that a range of one version is asked for; a span would be of two."""

@@ -330,7 +330,8 @@ class TestRedirects:
         [("file:///etc/passwd", "no web address"), ("https://user:s3cret@example.com/", "no web address"),
          ("mailto:x@example.com", "no web address"), ("https://256.1.1.1/", "no web address"),
          ("http://a..b/", "no web address"), (f"https://{'a' * 64}.example/", "no web address"),
-         ("https://xn--a..b/", "no web address"),
+         ("https://xn--a..b/", "no web address"), (f"https://127.0.0.1:{'9' * 20}/", "no web address"),
+         ("https://127.0.0.1:65536/", "no web address"),
          ("/v2/team/app/blobs/again", "more than 5 times"), ("", "more than 5 times")],
     )  # fmt: skip
     async def test_bad_ones_are_refused(self, location: str, sentence: str) -> None:
@@ -522,6 +523,19 @@ class TestAnswers:
                 await source.image()
             assert web.requests == []
         async with registry(content, insecure=True) as (source, web):
+            await source.image()
+
+    @pytest.mark.parametrize(
+        "answer",
+        [Reply(400, b"Client sent an HTTP request to an HTTPS server."), Reply(301, b"", {"Location": "https://x/"})],
+    )
+    async def test_a_port_of_tls_that_was_late_is_not_taken_for_plain_http(self, answer: Reply) -> None:
+        """TLS does not come about with this server, as with one that is busy; it may the next time."""
+        replies = [answer, answer]
+        async with registry(lambda request: replies.pop() if replies else content(request), insecure=True) as (
+            source,
+            _,
+        ):
             await source.image()
 
 

@@ -20,7 +20,7 @@ from urllib.parse import SplitResult, urlencode, urlsplit, urlunsplit
 import trio
 
 from clipfs.errors import AuthError, ImageError, SourceError
-from clipfs.fields import Fields
+from clipfs.fields import Fields, quoted
 from clipfs.sources import credentials
 from clipfs.sources.credentials import Credentials
 
@@ -151,7 +151,9 @@ class Authorizer:
             registry.scheme == "http" and realm.hostname == registry.hostname
         )
         if realm.scheme != "https" and not (realm.scheme == "http" and near):
-            raise SourceError(f"{self._host} wants credentials sent to {realm.hostname} without encryption; refused")
+            raise SourceError(
+                f"{self._host} wants credentials sent to {quoted(realm.hostname)} without encryption; refused"
+            )
         return realm._replace(fragment="")
 
     def _read_token(self, body: bytes, server: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from clipfs.errors import UsageError
 from clipfs.sources.auth import is_loopback
-from clipfs.sources.redact import redacted
+from clipfs.sources.redact import without_login
 
 _ENTRY = re.compile(r"(?P<host>\[[^\]]*\]|[^:]*)(?::(?P<port>[0-9]{1,5}))?")
 
@@ -28,7 +28,9 @@ def proxy_for(scheme: str, host: str, port: int, environment: Mapping[str, str])
     if "://" not in url:
         url = f"http://{url}"
     if not url.lower().startswith(("http://", "https://")):
-        raise UsageError(f"the environment names the proxy {redacted(url)}; clipfs speaks to http:// and https:// ones")
+        raise UsageError(
+            f"the environment names the proxy {without_login(url)}; clipfs speaks to http:// and https:// ones"
+        )
     return url
 
 

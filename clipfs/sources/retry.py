@@ -110,7 +110,9 @@ class Server:
         self._rests_until = self._distrusted_until = 0.0
 
     def failed(self) -> None:
-        """Leave it alone for a while, if there are others."""
+        """Leave it alone for a while, if there are others. The same trouble counts once, however many meet it."""
+        if self.rests:
+            return
         self._rests_until = trio.current_time() + min(_FIRST_REST * 2**self._failures, _LONGEST_REST)
         self._failures = min(self._failures + 1, 10)
 

@@ -224,10 +224,11 @@ class Transport:
             target = url.join(location)
         except (httpx2.InvalidURL, ValueError):
             target = httpx2.URL()
-        if target.scheme not in ("http", "https") or not target.host or target.userinfo:
+        web = target.scheme in ("http", "https") and 0 < (target.port or 1) < 1 << 16
+        if not web or not target.host or target.userinfo:
             raise self._no_address()
         if url.scheme == "https" and target.scheme == "http":
-            raise SourceError(f"{self._host} redirects from https to plain http on {target.host}; refused")
+            raise SourceError(f"{self._host} redirects from https to plain http on {target.host[:255]}; refused")
         return target
 
     def _no_address(self) -> SourceError:
@@ -321,5 +322,8 @@ class Transport:
                 reason = failure
             else:
                 await self._finish(response)
-                return candidate
+                # Where TLS was only late: its port answers plain HTTP so, and a server beside it leads back.
+                led = response.headers.get("Location", "").lower().startswith("https:")
+                if candidate == secure or not (led or response.status_code == 400):
+                    return candidate
         raise reason

@@ -103,7 +103,10 @@ class WebFile(Place):
     async def header(self) -> Header:
         """See `Place.header`."""
         head = bytearray()
-        self._version = await self._read(0, HEADER_SIZE, None, head.extend)
+        try:
+            self._version = await self._read(0, HEADER_SIZE, None, head.extend)
+        except ReplacedError:
+            raise SourceError(f"{self.name} was replaced while its header was read; try again") from None
         self.head = bytes(head)
         return Header.parse(self.head, self.name, self._version.size)
 

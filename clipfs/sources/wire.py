@@ -20,7 +20,7 @@ from clipfs.errors import SourceError, UsageError
 from clipfs.sources.addresses import Surroundings
 from clipfs.sources.answers import has_host
 from clipfs.sources.proxies import proxy_for
-from clipfs.sources.redact import redacted, watch_client_logs
+from clipfs.sources.redact import watch_client_logs, without_login
 from clipfs.sources.retry import Deadlines
 
 # Parallel requests to one host: browsers use 6, and read-ahead wants a few for itself.
@@ -90,7 +90,7 @@ class _Routes(httpx2.AsyncBaseTransport):
                     raise httpx2.InvalidURL(proxy)
                 self._proxies[proxy] = httpx2.AsyncHTTPTransport(verify=self._context, limits=_LIMITS, proxy=proxy)
             except (httpx2.InvalidURL, ValueError):
-                raise UsageError(f"the environment names a proxy of no use: {redacted(proxy)}") from None
+                raise UsageError(f"the environment names a proxy of no use: {without_login(proxy)}") from None
         return self._proxies[proxy]
 
     async def aclose(self) -> None:
