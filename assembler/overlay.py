@@ -120,6 +120,8 @@ class ContainerOverlay:
         if upper.exists() and not upper.is_dir():
             raise clipfs.UsageError(f"what the container writes needs a directory, and {upper} is none")
         upper.mkdir(parents=True, exist_ok=True)
+        if not upper.name:
+            raise clipfs.UsageError("what the container writes cannot go to the root of this machine")
         if not undo.enter_context(_locked(upper)):
             raise clipfs.UsageError(f"another container is writing to {upper}")
         _refuse_orphans(upper)

@@ -109,6 +109,8 @@ class Runtime:
             stderr=streams[2],
             env={key: os.environ[key] for key in _ENVIRONMENT if key in os.environ},
             start_new_session=True,
+            # It makes what mounts need in the root, for whoever the command runs as.
+            umask=0o022,
         )
         if code := self._caller.wait():
             raise self._failure(verb, code)

@@ -151,7 +151,9 @@ def _user_mounts(options: RunOptions) -> list[dict[str, Any]]:
     for entry in options.tmpfs:
         place, _, extra = entry.partition(":")
         more: Sequence[str] = extra.split(",") if extra else ()
-        mounts.append(_mount(place, "tmpfs", "tmpfs", "nosuid", "nodev", "mode=1777", *more))
+        # crun does not take it back where `exec` comes later.
+        usual = ("nosuid", "nodev", "mode=1777") if "exec" in more else ("nosuid", "nodev", "noexec", "mode=1777")
+        mounts.append(_mount(place, "tmpfs", "tmpfs", *usual, *more))
     for volume in options.volumes:
         if not volume.source.exists():
             raise clipfs.UsageError(f"the volume {volume.source} does not exist")

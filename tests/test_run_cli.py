@@ -155,6 +155,25 @@ class TestOptions:
         assert (ran.code, ran.out) == (1, "x\n711\n1777\n")
         assert "Read-only file system" in ran.err
 
+    @pytest.mark.parametrize("runtime", ["runc", "crun"])
+    def test_what_is_in_memory_is_not_run_unless_that_is_said(self, cli: Cli, tree: Path, runtime: str) -> None:
+        script = "cp /bin/busybox /t/true && /t/true"
+        words = ("run", "--rm", "--runtime", runtime, "--tmpfs")
+        assert cli(*words, "/t", tree, "sh", "-c", script).code == 126
+        assert cli(*words, "/t:exec", tree, "sh", "-c", script).code == 0
+
+    @pytest.mark.parametrize("runtime", ["runc", "crun"])
+    def test_a_place_for_a_volume_is_for_everybody(
+        self, cli: Cli, tree: Path, tmp_path: Path, public: Path, runtime: str
+    ) -> None:
+        """Whatever the umask of who runs it."""
+        (public / "file").write_text("data\n")
+        (public / "file").chmod(0o644)
+        words = cli.words("run", "--rm", "--runtime", runtime, "-u", "app", "-v", f"{public}:/deep/in/side", tree,
+                          "cat", "/deep/in/side/file")  # fmt: skip
+        done = subprocess.run(words, capture_output=True, timeout=SECONDS, check=False, env=cli.env, umask=0o077)
+        assert (done.stdout, done.stderr) == (b"data\n", b"")
+
     def test_network(self, cli: Cli, tree: Path) -> None:
         def script(network: str) -> list[str]:
             return cli("run", "--rm", "--network", network, tree, "ls", "/sys/class/net").out.split()
@@ -270,6 +289,10 @@ class TestImage:
         ("run --entrypoint '[1]' TREE true", 125, "an entrypoint is a command, or a JSON list of words"),
         ("run --entrypoint '[' TREE true", 125, "an entrypoint is a command, or a JSON list of words"),
         ("run --upper /etc/passwd TREE true", 125, "needs a directory, and /etc/passwd is none"),
+        ("run --upper '' TREE true", 125, "argument --upper: it has no name"),
+        ("run --base '' TREE true", 125, "argument --base: it has no name"),
+        ("run --upper / TREE true", 125, "cannot go to the root of this machine"),
+        ("run --memory '' TREE true", 125, "--memory wants a size"),
         ("run --upper /proc/x TREE true", 125, "/proc/x: No such file or directory"),
         ("run --base /etc/passwd TREE true", 125, "cannot keep containers in /etc/passwd"),
         ("run --platform nonsense oci:CLIP true", 125, "nonsense"),

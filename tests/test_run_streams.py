@@ -123,6 +123,11 @@ class TestPipes:
             process = cli.start("run", "--rm", tree, "yes", stdout=full)
             assert process.wait(SECONDS) != 0
 
+    def test_stats_that_nobody_takes_do_not_count(self, cli: Cli, tree_clip: Path) -> None:
+        with open("/dev/full", "wb") as full:
+            process = cli.start("run", "--rm", "--stats", tree_clip, "sh", "-c", "exit 3", stderr=full)
+            assert process.wait(SECONDS) == 3
+
     def test_files_of_the_caller_are_not_given_away(self, cli: Cli, tree: Path, tmp_path: Path) -> None:
         """A runtime makes a container's user the owner of its standard streams."""
         with open(tmp_path / "out", "wb") as out:

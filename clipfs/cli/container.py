@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,6 +15,7 @@ from clipfs.cli.mounts import mount_options
 from clipfs.cli.options import clip_of, containers_dir
 from clipfs.errors import UsageError
 from clipfs.format.index import Index
+from clipfs.log import complain
 from clipfs.mounting import mounter
 from clipfs.mounting.daemon import Standby
 from clipfs.mounting.options import byte_count
@@ -75,7 +75,7 @@ def _options(args: argparse.Namespace) -> assembler.RunOptions:
         tmpfs=tuple(args.tmpfs),
         hostname=args.hostname,
         network=args.network,
-        memory=byte_count(args.memory, "--memory") if args.memory else None,
+        memory=byte_count(args.memory, "--memory") if args.memory is not None else None,
         cpus=args.cpus,
         read_only=args.read_only,
         interactive=args.interactive,
@@ -123,10 +123,7 @@ def _report(first_output: float | None, fetched: int, total: int) -> None:
 
     share = fetched / total if total else 0.0
     when = "no output" if first_output is None else f"first output after {first_output:.2f} s"
-    print(
-        f"clipfs: {when}; fetched {fetched} of {total} bytes ({share:.1%}): {size(fetched)} of {size(total)}",
-        file=sys.stderr,
-    )
+    complain(f"clipfs: {when}; fetched {fetched} of {total} bytes ({share:.1%}): {size(fetched)} of {size(total)}")
 
 
 class _FirstOutput:

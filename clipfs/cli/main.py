@@ -266,7 +266,7 @@ def _add_mount_commands(commands: Commands[_Parser]) -> None:
     )
 
     parser = _command(commands, "gc", "mounts", "clean up what killed processes left behind", epilog="")
-    parser.add_argument("--base", type=Path, metavar="DIR", help="where containers live (default: as `clipfs run`)")
+    parser.add_argument("--base", type=_directory, metavar="DIR", help="where containers live (default: as of `run`)")
 
 
 def _add_telling_commands(commands: Commands[_Parser]) -> None:
@@ -322,8 +322,8 @@ def _add_run(commands: Commands[_Parser]) -> None:
     group.add_argument("--entrypoint", metavar="COMMAND", help="instead of the image's; '' for none")
     group.add_argument("--runtime", default="runc", metavar="runc|crun|PATH", help="default: runc")
     group.add_argument("--dir", dest="required", action="append", default=[], metavar="DIR", help="make it exist")
-    group.add_argument("--upper", type=Path, metavar="DIR", help="keep what the container writes here")
+    group.add_argument("--upper", type=_directory, metavar="DIR", help="keep what the container writes here")
     group.add_argument(
-        "--base", type=Path, metavar="DIR", help="where containers live (default: /var/lib/clipfs/containers)"
+        "--base", type=_directory, metavar="DIR", help="where containers live (default: /var/lib/clipfs/containers)"
     )
     group.add_argument("--stats", action="store_true", help="say at the end how much was fetched, and how fast")
