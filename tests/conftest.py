@@ -20,6 +20,7 @@ import pytest
 from benchmarks import demo
 from clipfs.blocks import link
 from clipfs.mounting import daemon
+from tests.guard import guarded
 from tests.leftovers import Places, nothing_left_behind
 from tests.patched_worker import patch_workers
 
@@ -32,6 +33,8 @@ _FAILED = pytest.StashKey[bool]()
 # A shell that starts us in the background has us and all that we start ignore Ctrl-C. A person has it otherwise.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+# Who ends a run in the usual way has it clean up, as by Ctrl-C; for any other way there is `tests.guard`.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 # What an image does not describe, its judges make as the umask has it, and other users may look into what we make.
 os.umask(0o022)
@@ -72,7 +75,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
             patch.setattr(tempfile, "tempdir", directory)
             # What serves a mount inherits what a test has patched, although earlier tests have left idle threads here.
             patch.setattr(daemon, "_alone", lambda: True)
-            yield Places(base, Path(os.environ["CLIPFS_STATE"]), temporary, Path(os.environ["CLIPFS_CACHE"], "scratch"))
+            with guarded(base, temporary):
+                state, scratch = Path(os.environ["CLIPFS_STATE"]), Path(os.environ["CLIPFS_CACHE"], "scratch")
+                yield Places(base, state, temporary, scratch)
             assert list(temporary.iterdir()) == []
 
 
@@ -89,7 +94,7 @@ def _nothing_left_behind(places: Places, request: pytest.FixtureRequest) -> Iter
     with nothing_left_behind(places) as forgiven:
         yield
         # What the test was given is nobody's any more, and ends if that is how it ends. A report has more of it.
-        request.node.funcargs.clear()
+        (request.node.funcargs or {}).clear()  # none of a test that Ctrl-C has ended
         if request.node.stash.get(_FAILED, False):
             forgiven.add("descriptor")
 
