@@ -102,9 +102,9 @@ def _watched(
         mounting = _peak(processes)
         for pid in processes:
             Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak begins anew, see proc(5)
-        with _sampled(lambda: [*processes, *_loader(worker)], found.samples):
+        with _sampled(lambda: [*processes, *loaders(worker)], found.samples):
             act(mountpoint)
-        found.most = max(mounting, _peak([*processes, *_loader(worker)]), *(held for _, held in found.samples))
+        found.most = max(mounting, _peak([*processes, *loaders(worker)]), *(held for _, held in found.samples))
     finally:
         clipfs.unmount(mountpoint, force=True)
     return found
@@ -173,11 +173,11 @@ def _mb(value: float) -> str:
     return f"{value / 1e6:.0f} MB"
 
 
-def _loader(worker: int) -> list[int]:
-    """The pid of its loader, if it has one."""
+def loaders(parent: int) -> list[int]:
+    """The loader processes that this one has started."""
     found = []
-    with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended, or the loader
-        for task in Path(f"/proc/{worker}/task").iterdir():
+    for task in Path(f"/proc/{parent}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
             found += (task / "children").read_text().split()
     # Before it is that program it shares all memory with the worker.
     return [int(pid) for pid in found if b"clipfs.blocks.loader" in _command(pid)]

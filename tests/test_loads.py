@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
@@ -20,6 +19,7 @@ from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
 import clipfs
+from benchmarks.memory import loaders
 from clipfs.blocks import loader, loads
 from clipfs.blocks.disk import DiskCache
 from clipfs.blocks.loader import Question, Run, answered
@@ -48,15 +48,6 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loads, "_WORTH", 1)
 
 
-def children(pid: int | str = "self") -> list[int]:
-    """The loader processes that this one, or that one, has started."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread of trio's that has just ended
-            found += (task / "children").read_text().split()
-    return [int(child) for child in found if b"clipfs.blocks.loader" in Path(f"/proc/{child}/cmdline").read_bytes()]
-
-
 class Watched(Loads):
     """Loads that say when their process has begun to answer, and when it is gone."""
 
@@ -78,7 +69,7 @@ class Watched(Loads):
         up = self.up
         self.did(1)
         await up.wait()
-        [pid] = children()
+        [pid] = loaders(os.getpid())
         return pid
 
 
@@ -94,7 +85,7 @@ def using(cache: DiskCache, test: Callable[[Watched, Run, list[bytes]], Awaitabl
                 nursery.cancel_scope.cancel()
 
     trio.run(main)
-    assert children() == []
+    assert loaders(os.getpid()) == []
 
 
 def test_its_blocks_are_those_that_were_kept(cache: DiskCache) -> None:
@@ -214,7 +205,7 @@ def test_it_ends_when_there_is_nothing_to_do_and_comes_back(cache: DiskCache, mo
             patient.setattr(loads, "_PATIENCE", 2)
             assert await watched.load([known]) == [blocks]  # from then on
             await down.wait()
-        assert children() == []
+        assert loaders(os.getpid()) == []
         assert await watched.begin() != pid
         assert await watched.load([known]) == [blocks]
 
@@ -289,7 +280,7 @@ def kept(clip: Path, view: str, tmp_path: Path) -> Iterator[clipfs.Mount]:
                 yield mounted
             else:
                 assert (mountpoint / "big").read_bytes() == BIG
-                assert children(worker_of(mounted)) == [], "nothing is on the disk yet"
+                assert loaders(worker_of(mounted)) == [], "nothing is on the disk yet"
 
 
 def worker_of(mounted: clipfs.Mount) -> int:
@@ -307,7 +298,7 @@ def test_a_large_file_from_the_disk(runtime: Path, big: Path, view: str, victim:
         half = len(BIG) // 2
         data = b"".join(iter(lambda: file.read(MB) if file.tell() < half else b"", b""))
         worker = worker_of(mounted)
-        [loader_pid] = children(worker)
+        [loader_pid] = loaders(worker)
         if victim != "nobody":
             os.kill(loader_pid if victim == "loader" else worker, signal.SIGKILL)
         data += file.readall()

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from clipfs.blocks.locks import SpanLocks
 from clipfs.blocks.opened import OpenFiles
-from clipfs.blocks.store import DamagedError, Entry, OutdatedError, WouldWaitError, pack
+from clipfs.blocks.store import DamagedError, Entry, OutdatedError, WouldWaitError, opened, pack
 
 log = logging.getLogger(__name__)
 
@@ -204,10 +204,9 @@ class DiskCache:
     def verify(self, digest: str) -> bool:
         """Read a span whole. False if it is damaged."""
         name, hasher = bytes.fromhex(digest), hashlib.sha256()
-        path = self._path(name)
         try:
             # Not by `files`, for looking after a span is no use of it.
-            entry = Entry(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), name)
+            entry = Entry(opened(self.files.name(name)), name)
             for number in range(len(entry)):
                 hasher.update(entry.read(number, 1, wait=True)[0])
             return hasher.digest() == name

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from clipfs.blocks.plan import BLOCK
-from clipfs.blocks.store import DamagedError, Entry, place
+from clipfs.blocks.store import DamagedError, Entry, opened, place
 
 #: Blocks and runs of a question at most. Read-ahead asks for what 2 MiB consist of, which is 33 blocks or a few more.
 BLOCKS, RUNS = 48, 64
@@ -134,7 +134,7 @@ def _receive(asked: socket.socket, directory: str, loads: queue.SimpleQueue[_Loa
 def _begun(directory: str, digest: bytes) -> int:
     """A descriptor of a span's file, which the kernel is reading now, or what to say."""
     try:
-        file = os.open(place(directory, digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        file = opened(place(directory, digest))
     except FileNotFoundError:
         return _ABSENT
     except OSError:

@@ -56,18 +56,23 @@ class Loads:
         self._failed = False
         self._channel: socket.socket | None = None
         self._memory = memoryview(b"")
-        self._slots = trio.Semaphore(_SLOTS)
-        self._free = list(range(_SLOTS))
+        # A slot is free again when it has been answered for, whoever waits for that.
+        self._give, self._free = trio.open_memory_channel[int](_SLOTS)
+        for slot in range(_SLOTS):
+            self._give.send_nowait(slot)
         self._waiting: dict[int, _Waiting] = {}
 
     def start(self, nursery: trio.Nursery | None) -> None:
         """From now on there may be a process; None: no more."""
         self._nursery = nursery
 
+    @property
+    def there(self) -> bool:
+        """Is there a process to `load`?"""
+        return self._channel is not None
+
     async def load(self, runs: Sequence[Run]) -> _Found:
         """Of each run its blocks, none if they are not all there; None for one that nobody has looked for."""
-        if self._channel is None:
-            return [None] * len(runs)
         found: _Found = []
         for some in _questions(runs):
             found += await self._ask(some)
@@ -84,12 +89,10 @@ class Loads:
         nothing: _Found = [None] * len(runs)
         if sum(run.blocks for run in runs) > BLOCKS:
             return nothing
-        # A slot is free again when it has been answered for, whoever waits for that.
-        await self._slots.acquire()
+        slot = await self._free.receive()
         if self._channel is None:
-            self._slots.release()
+            self._give.send_nowait(slot)
             return nothing
-        slot = self._free.pop()
         waiting = self._waiting[slot] = _Waiting(runs, [], trio.Event())
         try:
             self._channel.send(Question(slot, runs).to_bytes())
@@ -102,8 +105,7 @@ class Loads:
         waiting = self._waiting.pop(slot)
         waiting.found.extend(found)
         waiting.done.set()
-        self._free.append(slot)
-        self._slots.release()
+        self._give.send_nowait(slot)
 
     # --- the process
 

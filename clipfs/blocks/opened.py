@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import threading
 import time
 from collections import OrderedDict
 from pathlib import Path
 
-from clipfs.blocks.store import Entry, WouldWaitError, place
+from clipfs.blocks.store import Entry, WouldWaitError, opened, place
 
 # Opening a file takes four turns of a cold disk, a read from an open one takes one. What another process evicts takes
 # its room until it is closed here, so they are so few that they cannot have more than a share of the cache's limit; nor
@@ -48,8 +47,7 @@ class OpenFiles:
             raise WouldWaitError
         if entry is None or not entry.there:
             try:
-                descriptor = os.open(self.name(digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-                entry = Entry(descriptor, digest, whole=whole)
+                entry = Entry(opened(self.name(digest)), digest, whole=whole)
             except FileNotFoundError:
                 self.forget(digest)
                 return None

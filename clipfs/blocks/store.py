@@ -66,6 +66,11 @@ def place(directory: str, digest: bytes) -> str:
     return f"{directory}/{name[:2]}/{name[2:]}"
 
 
+def opened(path: str) -> int:
+    """A descriptor of the file of a span, for an `Entry`. OSError if there is none, FileNotFoundError as a rule."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+
 def pack(digest: bytes, blocks: Sequence[bytes], *, compress: bool) -> list[bytes]:
     """The file's bytes, in pieces."""
     stored = _squeezed(blocks) if compress else blocks

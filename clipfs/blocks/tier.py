@@ -104,7 +104,7 @@ class DiskTier:
         done = trio.Event()
         self._loading.update(dict.fromkeys(keys, done))
         try:
-            found, rest = await self._loaded_aside(keys) if ahead else ({}, keys)
+            found, rest = await self._loaded_aside(keys) if ahead and self._loads.there else ({}, keys)
             if rest:
                 here = await trio.to_thread.run_sync(self._look_up, rest, limiter=self._threads)
                 if ahead and self._memory.limit >= _ROOM:
