@@ -152,8 +152,8 @@ def _user_mounts(options: RunOptions) -> list[dict[str, Any]]:
         place, _, extra = entry.partition(":")
         more: Sequence[str] = extra.split(",") if extra else ()
         # crun does not take it back where `exec` comes later.
-        usual = ("nosuid", "nodev", "mode=1777") if "exec" in more else ("nosuid", "nodev", "noexec", "mode=1777")
-        mounts.append(_mount(place, "tmpfs", "tmpfs", *usual, *more))
+        noexec = () if "exec" in more else ("noexec",)
+        mounts.append(_mount(place, "tmpfs", "tmpfs", "nosuid", "nodev", *noexec, "mode=1777", *more))
     for volume in options.volumes:
         if not volume.source.exists():
             raise clipfs.UsageError(f"the volume {volume.source} does not exist")

@@ -221,6 +221,8 @@ class TestLook:
             (["inspect", "--platform", "linux/s390x", "CLIP"], "is of an image for linux/amd64, not for linux/s390x"),
             (["inspect", ""], "''"),
             (["mount", "CLIP", ""], "argument DIR: it has no name"),
+            (["mount", "--cache-dir", "", "CLIP", "DIR"], "argument --cache-dir: it has no name"),
+            (["cache", "ls", "--cache-dir", ""], "argument --cache-dir: it has no name"),
             (["umount", ""], "argument DIR: it has no name"),
             (["upgrade", ""], "argument DIR: it has no name"),
             (["extract", "CLIP", ""], "argument DIR: it has no name"),

@@ -181,7 +181,7 @@ def _add_source_options(parser: argparse.ArgumentParser, *, reads: bool = False)
 def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is kept and fetched ahead")
     group.add_argument(
-        "--cache-dir", type=Path, metavar="DIR", help="decoded data on disk (root's: /var/cache/clipfs/spans)"
+        "--cache-dir", type=_directory, metavar="DIR", help="decoded data on disk (root's: /var/cache/clipfs/spans)"
     )
     group.add_argument("--cache-size", metavar="SIZE", help="of it at most (default: a tenth of the disk; 0 for none)")
     group.add_argument("--cache-compression", choices=("zstd", "none"), help="default: zstd")
@@ -285,7 +285,7 @@ def _add_telling_commands(commands: Commands[_Parser]) -> None:
         commands, "cache", "cache", "look after the decoded data that is kept on disk", epilog=texts.CACHE
     )
     parser.add_argument("what", choices=("ls", "gc", "prune", "verify"), metavar="ls|gc|prune|verify", help="see below")
-    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="default: as `clipfs mount`")
+    parser.add_argument("--cache-dir", type=_directory, metavar="DIR", help="default: as `clipfs mount`")
     parser.add_argument("--cache-size", metavar="SIZE", help="for ls and gc: the limit (default: as `clipfs mount`)")
     parser.add_argument("--json", action="store_true", help="for programs")
 
