@@ -10,20 +10,21 @@ from typing import NamedTuple
 import pytest
 import trio
 
-from clipfs.errors import SourceError, UsageError
+from clipfs.building.builder import Silent, build_image
+from clipfs.errors import IntegrityError, SourceError, UsageError
 from clipfs.oci import Digest, Reference
 from clipfs.sources import Source, open_source, retry
 from clipfs.sources.mirrors import endpoints
 from clipfs.sources.retry import Deadlines, Server, Transient, Turns
 from tests.conftest import require_root
-from tests.honest import BLOB, LAYER, MANIFEST, alone, blobs, content, log_in, ranged
+from tests.honest import BLOB, CONFIG, LAYER, MANIFEST, alone, blobs, content, log_in, ranged
 from tests.web import Reply, Request, Web, serving
 
 __all__ = ["alone"]
 
 DIGEST = str(Digest.of(MANIFEST))
 
-CONFIG = """
+LISTED = """
 unqualified-search-registries = ["docker.io"]
 [aliases]
 "debian" = "docker.io/library/debian"
@@ -82,12 +83,12 @@ class TestConfiguration:
         ],
     )  # fmt: skip
     def test_where_an_image_is_looked_for(self, name: str, expected: list[str], tmp_path: Path) -> None:
-        (tmp_path / "registries.conf").write_text(CONFIG)
+        (tmp_path / "registries.conf").write_text(LISTED)
         found = endpoints(Reference.parse(name), insecure=False)
         assert [f"{each.reference}{' insecure' if each.insecure else ''}" for each in found] == expected
 
     def test_blocked(self, tmp_path: Path) -> None:
-        (tmp_path / "registries.conf").write_text(CONFIG)
+        (tmp_path / "registries.conf").write_text(LISTED)
         with pytest.raises(SourceError, match=r"registries\.conf blocks images of quay\.io/bad"):
             endpoints(Reference.parse("quay.io/bad/app"), insecure=False)
 
@@ -268,6 +269,47 @@ class TestFailover:
         await fleet.source.read_range(BLOB, 0, 5)
         assert fleet.asked() == [1, 1, 0]
 
+    async def test_each_place_that_has_it_not_is_asked_once(self, fleet: Fleet) -> None:
+        for web in (fleet.first, fleet.second, fleet.main):
+            web.handler = lambda request: Reply(404)
+        with pytest.raises(SourceError, match=f"^{fleet.main.host} has no blob"):
+            await fleet.source.read_range(BLOB, 0, 5)
+        assert fleet.asked() == [1, 1, 1]
+
+    @pytest.mark.parametrize("digest", [Digest.of(CONFIG), BLOB.digest], ids=["config", "layer"])
+    async def test_an_image_that_a_mirror_has_wrong(self, fleet: Fleet, digest: Digest, tmp_path: Path) -> None:
+        """Its disk is broken, say. The index is made of what another has."""
+
+        def wrong(request: Request) -> Reply:
+            reply = content(request)
+            if digest.hex not in request.path:
+                return reply
+            return Reply(reply.status, bytes(len(reply.body)), reply.headers)
+
+        fleet.first.handler = wrong
+        image = await fleet.source.image()
+        report = await build_image(fleet.source, image, tmp_path / "x.clip", Silent())
+        assert report.uncompressed == len(LAYER)
+        assert [digest.hex in str(web.requests) for web in (fleet.first, fleet.second, fleet.main)] == [
+            True, True, False,
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize("digest", [Digest.of(CONFIG), BLOB.digest], ids=["config", "layer"])
+    async def test_an_image_that_all_have_wrong(self, fleet: Fleet, digest: Digest, tmp_path: Path) -> None:
+        def wrong(request: Request) -> Reply:
+            reply = content(request)
+            return Reply(200, bytes(len(reply.body))) if digest.hex in request.path else reply
+
+        for web in (fleet.first, fleet.second, fleet.main):
+            web.handler = wrong
+
+        async def build() -> None:
+            await build_image(fleet.source, await fleet.source.image(), tmp_path / "x.clip", Silent())
+
+        with pytest.raises(IntegrityError, match=f"should have digest {digest}"):
+            await build()
+        assert not await trio.Path(tmp_path / "x.clip").exists()
+
     async def test_each_gets_its_own_credentials(self, fleet: Fleet, tmp_path: Path) -> None:
         def locked(request: Request) -> Reply:
             if "authorization" in request.headers:
@@ -324,6 +366,22 @@ class TestTurns:
         with pytest.raises(SourceError, match="cannot get blob from main: down"):
             await ask_all()
         assert "".join(asked) == "abm" + 3 * "mab"
+
+    async def test_what_a_mirror_says_is_not_said_of_the_registry(self, autojump_clock: trio.testing.MockClock) -> None:
+        turns = Turns([Server("mirror"), Server("main")], "blob", 0, Deadlines())
+
+        async def ask_all() -> None:
+            while True:
+                # An hour's rest is the mirror's own affair.
+                await turns.failed(Transient("busy", 3600) if turns.server.host == "mirror" else Transient("reset"))
+                failed.append(turns.server.host)
+
+        failed: list[str] = []
+        await turns.failed(Transient("busy", 3600))
+        assert str(turns.exhausted()) == ("cannot get blob from mirror: busy, and wants to be left alone for 3600 s")
+        with pytest.raises(SourceError, match=r"^cannot get blob from main: reset$"):
+            await ask_all()
+        assert failed.count("main") == 3
 
     async def test_who_gets_on_may_fail_now_and_then(self, autojump_clock: trio.testing.MockClock) -> None:
         turns = Turns([Server("main")], "blob", 0, Deadlines(3600))

@@ -261,6 +261,15 @@ class TestOtherServers:
         asked = [request.range(len(content)) for request in web.requests if request.path == "/x.clip"]
         assert all(start < end for start, end in asked)
 
+    async def test_what_is_to_be_encrypted_is(self, content: bytes, tmp_path: Path) -> None:
+        """A registry on this machine may turn out to speak plain HTTP; here the address says what is spoken."""
+        async with serving(honest(content)) as web:
+            with pytest.raises(SourceError, match="ConnectError"):
+                await read_all(f"https://{web.host}/x.clip", tmp_path)
+            assert web.requests == []
+            await read_all(f"http://{web.host}/x.clip", tmp_path)
+            assert len({request.path for request in web.requests}) == 1  # no look at what there is beside it
+
     async def test_an_index_is_served_too(self, clip: Path, tmp_path: Path) -> None:
         """One without data leads to its image, wherever it comes from."""
         async with serving(honest(await trio.Path(clip).read_bytes())) as web:

@@ -150,6 +150,18 @@ class TestTokens:
             await source.image()
         assert not [each for each in web.requests if each.headers.get("authorization", "").startswith("Basic")]
 
+    async def test_what_a_token_server_does_is_not_said_of_the_registry(self) -> None:
+        replies = {True: Reply(503), False: Reply(200, b"xx", cut=1)}
+        async with serving(lambda _: replies[busy]) as tokens, registry(wants_token(tokens, {"x"})) as (source, web):
+            for busy in replies:
+                told = (
+                    f"{tokens.host} answered with status 503"
+                    if busy
+                    else rf".* \(with its token server {tokens.host}\)"
+                )
+                with pytest.raises(SourceError, match=f"^cannot get image .* from {web.host}: .*{told}$"):
+                    await source.image()
+
     async def test_wrong_credentials(self, tmp_path: Path) -> None:
         async with serving(token_server("user")) as tokens, registry(wants_token(tokens, {"x"})) as (source, web):
             log_in(tmp_path, web.host, password="wr0ng")
@@ -371,6 +383,21 @@ class TestRedirects:
                 with pytest.raises(SourceError, match="status 500") as caught:
                     await source.read_range(BLOB, 0, 10)
         assert "s3cret" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("reply", "sentence"),
+        [
+            (Reply(500), "{place}, where {registry} redirects to, answered with status 500"),
+            (Reply(200, LAYER, cut=0), r"RemoteProtocolError: .* \(with {place}, where {registry} redirects to\)"),
+        ],
+    )
+    async def test_what_a_store_does_is_not_said_of_the_registry(self, reply: Reply, sentence: str) -> None:
+        async with serving(lambda _: reply) as storage:
+            handler = blobs(lambda _: Reply(307, b"", {"Location": f"{storage.url}/layer"}))
+            async with registry(handler) as (source, web):
+                expected = sentence.format(place=storage.host, registry=web.host)
+                with pytest.raises(SourceError, match=f"^cannot get blob .* from {web.host}: {expected}$"):
+                    await source.read_range(BLOB, 0, 10)
 
 
 class TestAnswers:

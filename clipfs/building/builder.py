@@ -137,10 +137,10 @@ async def build_image(
         name = f"layer {number + 1}/{len(manifest.layers)}"
         layer = await index_by_contents(source, number, blob, diff_id, tree)
         if layer is None:
-            async with blob_at_hand(source, blob, name, progress) as local:
+            async with blob_at_hand(source, blob, name, progress) as at_hand:
                 progress.begin(f"indexing {name}", blob.size)
                 layer = await trio.to_thread.run_sync(
-                    index_layer, number, local, blob, diff_id, tree, progress, span_size
+                    index_layer, number, at_hand, blob, diff_id, tree, progress, span_size
                 )
             progress.end()
         layers.append(layer)

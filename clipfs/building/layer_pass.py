@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, NamedTuple, Protocol
 
 import trio
 
@@ -62,47 +62,66 @@ class Silent:
         pass
 
 
-@asynccontextmanager
-async def blob_at_hand(source: Source, blob: Descriptor, name: str, progress: Progress) -> AsyncIterator[LocalBlob]:
-    """The layer as bytes on a disk: where it lies, or a spool file that is gone afterwards.
+class AtHand(NamedTuple):
+    """A layer as bytes on a disk. verified: its digest was found right on the way there."""
 
-    A gzip decoder has to see the whole stream once, so a remote layer passes through here once, and never again.
+    place: LocalBlob
+    verified: bool
+
+
+@asynccontextmanager
+async def blob_at_hand(source: Source, blob: Descriptor, name: str, progress: Progress) -> AsyncIterator[AtHand]:
+    """Where the layer lies, or a spool file that is gone afterwards.
+
+    A gzip decoder has to see the whole stream once, so a remote layer passes through here once, and never again, unless
+    wrong bytes came: then those who have it too are asked first.
     """
     local = source.local(blob)
     if local is not None:
-        yield local
+        yield AtHand(local, verified=False)
         return
-    progress.begin(f"fetching {name}", blob.size)
-    directory = state.scratch_dir()
     # It has no name, so that it is gone with this process, however that ends. Others open it by its descriptor.
-    with tempfile.TemporaryFile(dir=directory, buffering=0) as spool:
-        received = 0
-        async with aclosing(source.stream(blob)) as chunks:
-            async for chunk in chunks:
-                received += len(chunk)
-                if received > blob.size:
-                    raise SourceError(f"{source.name} sent more than the {blob.size} bytes of layer {blob.digest}")
-                try:
-                    await trio.to_thread.run_sync(_append, spool, chunk)
-                except OSError as error:
-                    raise ClipfsError(f"cannot keep {name} in {directory}: {error.strerror}") from error
-                progress.advance(len(chunk))
-        if received != blob.size:
-            raise SourceError(f"{source.name} sent {received} of the {blob.size} bytes of layer {blob.digest}")
-        progress.end()
-        yield LocalBlob(Path(f"/proc/self/fd/{spool.fileno()}"), 0, blob.size)
+    with tempfile.TemporaryFile(dir=state.scratch_dir(), buffering=0) as spool:
+        try:
+            await _fetch(source, blob, name, spool, progress)
+        except IntegrityError:
+            source.distrust(blob)
+            await _fetch(source, blob, name, spool, progress)
+        yield AtHand(LocalBlob(Path(f"/proc/self/fd/{spool.fileno()}"), 0, blob.size), verified=True)
 
 
-def _append(file: IO[bytes], data: bytes) -> None:
-    """Unbuffered writes may be short, as they are on a disk that is nearly full; the next one says why."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) :]
+async def _fetch(source: Source, blob: Descriptor, name: str, spool: IO[bytes], progress: Progress) -> None:
+    """IntegrityError if the spool file holds something else in the end."""
+    progress.begin(f"fetching {name}", blob.size)
+    spool.seek(0)
+    received, hasher = 0, blob.digest.hasher()
+
+    def keep(data: bytes) -> None:
+        hasher.update(data)
+        # Unbuffered writes may be short, as they are on a disk that is nearly full; the next one says why.
+        rest = memoryview(data)
+        while rest:
+            rest = rest[spool.write(rest) :]
+
+    async with aclosing(source.stream(blob)) as chunks:
+        async for chunk in chunks:
+            received += len(chunk)
+            if received > blob.size:
+                raise SourceError(f"{source.name} sent more than the {blob.size} bytes of layer {blob.digest}")
+            try:
+                await trio.to_thread.run_sync(keep, chunk)
+            except OSError as error:
+                raise ClipfsError(f"cannot keep {name} in {state.scratch_dir()}: {error.strerror}") from error
+            progress.advance(len(chunk))
+    if received != blob.size:
+        raise SourceError(f"{source.name} sent {received} of the {blob.size} bytes of layer {blob.digest}")
+    progress.end()
+    _demand(hasher.hexdigest(), blob.digest, f"layer {blob.digest}")
 
 
 def index_layer(
     number: int,
-    local: LocalBlob,
+    at_hand: AtHand,
     blob: Descriptor,
     diff_id: Digest,
     tree: Tree,
@@ -110,11 +129,11 @@ def index_layer(
     span_size: int = SPAN_SIZE,
 ) -> Layer:
     """Decode, hash, parse and merge one layer. Runs in a worker thread of trio's; the hashes run in two more."""
-    given_up = threading.Event()
+    local, given_up = at_hand.place, threading.Event()
     entries: list[Entry] = []
     walk, diff_hash, diff_size = TarWalk(tree.budget), diff_id.hasher(), 0
     with ThreadPoolExecutor(2, "clipfs-hash") as hashers:
-        whole = hashers.submit(_digest_of, local, blob.digest, given_up)
+        whole = hashers.submit(_digest_of, at_hand, blob.digest, given_up)
         try:
             codec = detect(_head(local))
             with scan(local.path, local.offset, local.size, codec, span_size, PIECES) as decoded:
@@ -165,8 +184,10 @@ def _head(local: LocalBlob) -> bytes:
         return os.pread(file.fileno(), 512, local.offset)
 
 
-def _digest_of(local: LocalBlob, wanted: Digest, given_up: threading.Event) -> str:
-    hasher = wanted.hasher()
+def _digest_of(at_hand: AtHand, wanted: Digest, given_up: threading.Event) -> str:
+    if at_hand.verified:
+        return wanted.hex
+    local, hasher = at_hand.place, wanted.hasher()
     with local.path.open("rb") as file:
         file.seek(local.offset)
         left = local.size

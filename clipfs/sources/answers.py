@@ -75,8 +75,30 @@ def wish(response: httpx2.Response) -> float:
         return 0.0
 
 
-def translated(error: httpx2.TransportError) -> Exception:
-    """A broken connection as `Transient`; a certificate does not get better by trying again."""
+def redirected(url: httpx2.URL, location: str, host: str) -> httpx2.URL:
+    """Where an answer from `url` leads, or SourceError: never from https to plain http. `host` is whom to blame."""
+    import httpx2
+
+    try:
+        target = url.join(location)
+    except (httpx2.InvalidURL, ValueError):
+        target = httpx2.URL()
+    web = target.scheme in ("http", "https") and 0 < (target.port or 1) < 1 << 16
+    if not web or not target.host or target.userinfo:
+        raise no_address(host)
+    if url.scheme == "https" and target.scheme == "http":
+        raise SourceError(f"{host} redirects from https to plain http on {target.host[:255]}; refused")
+    return target
+
+
+def no_address(host: str) -> SourceError:
+    """The sentence for a redirect to nowhere."""
+    return SourceError(f"{host} redirects to something that is no web address")
+
+
+def translated(error: httpx2.TransportError, who: str = "") -> Exception:
+    """A broken connection as `Transient`; a certificate does not get better by trying again. who: at the other end, if
+    that is not who was asked."""
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, ssl.SSLCertVerificationError):
@@ -85,4 +107,4 @@ def translated(error: httpx2.TransportError) -> Exception:
                 "name the CA that signed it with --ca, or accept any with --insecure"
             )
         link = link.__cause__ or link.__context__
-    return Transient(f"{type(error).__name__}: {error}".rstrip(": "))
+    return Transient(f"{type(error).__name__}: {error}".rstrip(": ") + (f" (with {who})" if who else ""))

@@ -125,6 +125,7 @@ class RegistrySource(Source):
                     _blob(turns.server, blob, position, blob.size) as response,
                     aclosing(_exactly(response, position, blob.size, blob)) as chunks,
                 ):
+                    self._served.append(_Served(blob.digest, position, blob.size, turns.server))
                     async for chunk in chunks:
                         position += len(chunk)
                         turns.progressed()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Generic, Self, TypeVar
 
@@ -149,10 +149,12 @@ class Turns(Generic[S]):
         self._main = servers[-1]
         self._what = what
         self._rounds = 0
-        self._reason = "it took too long"
-        self._passing: Transient | None = None
+        # The last passing trouble of each server, and of this round those of all.
+        self._said: dict[S, Transient] = {}
+        self._passing: dict[S, Transient] = {}
         self._final: Exception | None = None
         self._queue: list[S] = self._in_order(resting=False)
+        self._all_asked = len(self._queue) == len(servers)
 
     @property
     def server(self) -> S:
@@ -170,7 +172,7 @@ class Turns(Generic[S]):
         """Turn to the next server, at once if there is one that has not been asked; or raise what cannot be helped."""
         server = self._queue.pop(0)
         if isinstance(failure, Transient):
-            self._passing, self._reason = failure, failure.reason
+            self._passing[server] = self._said[server] = failure
         elif server is self._main:  # what a mirror has not, or does not give, another may
             self._final = failure
         if server is not self._main:
@@ -182,22 +184,20 @@ class Turns(Generic[S]):
             await self._next_round()
 
     async def _next_round(self) -> None:
-        all_asked = self._rounds > 0 or len(self._in_order(resting=False)) == len(self._servers)
-        if self._passing is not None:
-            await self._pause(self._passing)
-        elif self._final is not None and all_asked:
+        if self._passing:
+            await self._pause(self._telling(self._passing))
+        elif self._final is not None and self._all_asked:
             raise self._final
         else:
             self._rounds += 1
-        self._passing = None
-        self._queue = self._in_order(resting=True)
+        self._passing.clear()
+        self._queue, self._all_asked = self._in_order(resting=True), True
 
-    async def _pause(self, failure: Transient) -> None:
-        """Wait before the next round, or raise SourceError if there should be none."""
+    async def _pause(self, server: S) -> None:
+        """Wait as `server` would have it before the next round, or raise SourceError if there should be none."""
+        failure = self._passing[server]
         self._rounds += 1
-        _log.debug("%s from %s: attempt %d: %s", self._what, self._main.host, self._rounds, failure.reason)
-        if failure.pause > _LONGEST_PAUSE:
-            self._reason += f", and wants to be left alone for {failure.pause:.0f} s"
+        _log.debug("%s from %s: attempt %d: %s", self._what, server.host, self._rounds, failure.reason)
         # Jitter, so that readers which failed together do not come back together.
         seconds = max(failure.pause, _FIRST_PAUSE * 2**self._rounds * random.uniform(0.5, 1.0))  # noqa: S311
         left = self.deadline - trio.current_time()
@@ -207,7 +207,17 @@ class Turns(Generic[S]):
 
     def exhausted(self) -> SourceError:
         """The error that says why there was no success."""
-        return SourceError(f"cannot get {self._what} from {self._main.host}: {self._reason}")
+        if not self._said:
+            return SourceError(f"cannot get {self._what} from {self._main.host}: it took too long")
+        server = self._telling(self._said)
+        failure, reason = self._said[server], self._said[server].reason
+        if failure.pause > _LONGEST_PAUSE:
+            reason += f", and wants to be left alone for {failure.pause:.0f} s"
+        return SourceError(f"cannot get {self._what} from {server.host}: {reason}")
+
+    def _telling(self, failures: Collection[S]) -> S:
+        """Whose trouble counts: what the registry itself says, or else what a mirror does."""
+        return self._main if self._main in failures else list(failures)[-1]
 
     def _in_order(self, *, resting: bool) -> list[S]:
         """Those to ask, the trusted before the others; those that rest only if `resting`, and then last."""

@@ -28,8 +28,10 @@ from clipfs.sources.answers import (
     REDIRECTS,
     has_host,
     message,
+    no_address,
     origin,
     read_up_to,
+    redirected,
     translated,
     wish,
 )
@@ -59,8 +61,11 @@ class Transport:
         authfile: Path | None,
         ca: Path | None,
         deadlines: Deadlines,
+        scheme: str | None = None,
     ) -> None:
+        """scheme: "http" or "https", None for what is found by docker's rule."""
         self._host = host
+        self._scheme = scheme
         self._insecure = insecure
         self._ca = ca
         self._deadlines = deadlines
@@ -123,7 +128,7 @@ class Transport:
                 with trio.move_on_after(_CLOSE_SECONDS, shield=True):
                     await response.aclose()
         except httpx2.TransportError as error:
-            raise translated(error) from error
+            raise self._translated(error) from error
         finally:
             connections.users -= 1
             if not fine and remember is not None:
@@ -160,7 +165,9 @@ class Transport:
             elif response.status_code in REDIRECTS:
                 await self._finish(response)
                 hops += 1
-                url = self._redirected(url, response.headers.get("Location", ""), hops)
+                if hops > _MAX_HOPS:
+                    raise SourceError(f"{self._host} redirects more than {_MAX_HOPS} times")
+                url = redirected(url, response.headers.get("Location", ""), self._host)
             else:
                 if remember is not None and url != start and response.status_code in GOOD:
                     self._found_at[remember] = url
@@ -199,9 +206,9 @@ class Transport:
         try:
             return await client.send(client.build_request("GET", url, headers=own), stream=True)
         except httpx2.TransportError as error:
-            raise translated(error) from error
+            raise self._translated(error) from error
         except UnicodeError:  # the host of `url`, or of a redirect in the answer, can be none
-            raise self._no_address() from None
+            raise no_address(self._host) from None
 
     async def _finish(self, response: httpx2.Response) -> None:
         """Close an answer of which only the head counts; a short body is read, so that its connection serves again."""
@@ -210,29 +217,19 @@ class Transport:
         try:
             await read_up_to(response, MAX_ERROR)
         except httpx2.TransportError as error:
-            raise translated(error) from error
+            raise self._translated(error) from error
         finally:
             with trio.move_on_after(_CLOSE_SECONDS, shield=True):
                 await response.aclose()
 
-    def _redirected(self, url: httpx2.URL, location: str, hops: int) -> httpx2.URL:
-        import httpx2
+    def _translated(self, error: httpx2.TransportError) -> Exception:
+        """See `translated`."""
+        url = error.request.url
+        strange = self._origin is not None and not self._own(url)
+        return translated(error, self._elsewhere(url) if strange else "")
 
-        if hops > _MAX_HOPS:
-            raise SourceError(f"{self._host} redirects more than {_MAX_HOPS} times")
-        try:
-            target = url.join(location)
-        except (httpx2.InvalidURL, ValueError):
-            target = httpx2.URL()
-        web = target.scheme in ("http", "https") and 0 < (target.port or 1) < 1 << 16
-        if not web or not target.host or target.userinfo:
-            raise self._no_address()
-        if url.scheme == "https" and target.scheme == "http":
-            raise SourceError(f"{self._host} redirects from https to plain http on {target.host[:255]}; refused")
-        return target
-
-    def _no_address(self) -> SourceError:
-        return SourceError(f"{self._host} redirects to something that is no web address")
+    def _elsewhere(self, url: httpx2.URL) -> str:
+        return f"{url.netloc.decode()}, where {self._host} redirects to"
 
     async def _ask(self, url: str, *, headers: Mapping[str, str], form: bytes | None, limit: int) -> Answer:
         """See `auth.Ask`."""
@@ -246,7 +243,10 @@ class Transport:
             response = await client.send(request, stream=True)
             try:
                 if response.status_code in AGAIN:
-                    raise Transient(f"its token server answered with status {response.status_code}", wish(response))
+                    raise Transient(
+                        f"its token server {request.url.netloc.decode()} answered with status {response.status_code}",
+                        wish(response),
+                    )
                 return Answer(response.status_code, await read_up_to(response, limit))
             finally:
                 with trio.move_on_after(_CLOSE_SECONDS, shield=True):
@@ -254,7 +254,7 @@ class Transport:
         except (httpx2.InvalidURL, UnicodeError):
             raise SourceError(f"{self._host} names no usable token server") from None
         except httpx2.TransportError as error:
-            raise translated(error) from error
+            raise translated(error, f"its token server {error.request.url.netloc.decode()}") from error
 
     async def _refusal(self, response: httpx2.Response, what: str) -> Exception:
         """What an answer without the bytes means."""
@@ -264,11 +264,11 @@ class Transport:
         with trio.move_on_after(self._deadlines.silence):
             said = message(await read_up_to(response, MAX_ERROR))
         own = self._own(response.url)
+        where = self._host if own else f"{self._elsewhere(response.url)},"
         if status in AGAIN or (not own and status in EXPIRED):
-            return Transient(f"it answered with status {status}{said}", wish(response))
+            return Transient(f"{'it' if own else where} answered with status {status}{said}", wish(response))
         if status in (401, 403) and own:
             return self._authorizer.refused(said)
-        where = self._host if own else f"{response.url.host}, where {self._host} redirects to,"
         if status == 404:
             return SourceError(f"{where} has no {what}{said}")
         if status == 416:
@@ -312,8 +312,8 @@ class Transport:
         """Docker's rule: TLS comes first, and only where nobody can listen may plain HTTP take its place."""
         import httpx2
 
-        secure = httpx2.URL(f"https://{self._server}")
-        if not (self._insecure or (is_loopback(secure.host) and self._ca is None)):
+        secure = httpx2.URL(f"{self._scheme or 'https'}://{self._server}")
+        if self._scheme or not (self._insecure or (is_loopback(secure.host) and self._ca is None)):
             return secure
         for candidate in (secure, httpx2.URL(f"http://{self._server}")):
             try:

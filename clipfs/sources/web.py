@@ -88,6 +88,7 @@ class WebFile(Place):
             authfile=options.authfile,
             ca=options.ca,
             deadlines=self._deadlines,
+            scheme=parts.scheme,
         )
         self._version: _Version | None = None
         self.head = b""

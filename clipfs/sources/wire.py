@@ -88,7 +88,10 @@ class _Routes(httpx2.AsyncBaseTransport):
             try:
                 if not has_host(httpx2.URL(proxy)):
                     raise httpx2.InvalidURL(proxy)
-                self._proxies[proxy] = httpx2.AsyncHTTPTransport(verify=self._context, limits=_LIMITS, proxy=proxy)
+                url = httpx2.URL(proxy)
+                # The proxy's own certificate is judged as the others are.
+                way = httpx2.Proxy(url, ssl_context=self._context if url.scheme == "https" else None)
+                self._proxies[proxy] = httpx2.AsyncHTTPTransport(verify=self._context, limits=_LIMITS, proxy=way)
             except (httpx2.InvalidURL, ValueError):
                 raise UsageError(f"the environment names a proxy of no use: {without_login(proxy)}") from None
         return self._proxies[proxy]
