@@ -1,8 +1,9 @@
 """Verified blocks on disk: a directory that all mounts of a user share, bounded in bytes, least recently used first.
 
-A span is a file named after the SHA-256 of its decoded bytes, so that images share what they have in common. It is
-written aside, as ``NAME.part``, and renamed. Whoever fetches a span holds its lock, so that of all processes that miss
-it one fetches it and the others wait.
+A span is a file named after the SHA-256 of its decoded bytes, so that images share what they have in common, and after
+the version of such files: those of another are nobody's here, and go when there is no room for them. It is written
+aside, as ``NAME.part``, and renamed. Whoever fetches a span holds its lock, so that of all processes that miss it one
+fetches it and the others wait.
 
 The cache is an aid: whatever goes wrong with the disk is said once, and then bytes are served without it.
 """
@@ -24,7 +25,7 @@ from typing import NamedTuple
 
 from clipfs.blocks.locks import SpanLocks
 from clipfs.blocks.opened import OpenFiles
-from clipfs.blocks.store import DamagedError, Entry, OutdatedError, WouldWaitError, opened, pack
+from clipfs.blocks.store import DamagedError, Entry, WouldWaitError, opened, pack
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +53,14 @@ _IOV_MAX = 1024
 
 
 class Stored(NamedTuple):
-    """A file of the cache: its span's digest, its size on disk in bytes, when it was last of use (seconds)."""
+    """A file of the cache: its span's digest, its size on disk in bytes, when it was last of use (seconds). current: of
+    this version, so that it can be read."""
 
     digest: str
     size: int
     used: float
     path: Path
+    current: bool
 
 
 class Claim:
@@ -113,8 +116,6 @@ class DiskCache:
         try:
             entry = self.files.get(digest, wait, whole=count >= _MANY)
             return [] if entry is None else entry.read(first, count, wait=wait)
-        except OutdatedError:
-            self._remove(digest)
         except DamagedError:
             log.warning("dropped %s from the cache: it is damaged", self._path(digest))
             self.dropped += 1
@@ -196,10 +197,13 @@ class DiskCache:
 
     def stored(self) -> Iterator[Stored]:
         """What is here, in no particular order."""
-        for path in self.directory.glob(_NAMES):
+        for path in self.directory.glob(f"{_NAMES}*"):
             with contextlib.suppress(FileNotFoundError):
-                found = path.stat()
-                yield Stored(path.parent.name + path.name, _on_disk(found.st_size), found.st_mtime, path)
+                if path.suffix != _PART:
+                    found = path.stat()
+                    digest = _digest(path)
+                    current = path == self._path(bytes.fromhex(digest))
+                    yield Stored(digest, _on_disk(found.st_size), found.st_mtime, path, current)
 
     def verify(self, digest: str) -> bool:
         """Read a span whole. False if it is damaged."""
@@ -210,8 +214,8 @@ class DiskCache:
             for number in range(len(entry)):
                 hasher.update(entry.read(number, 1, wait=True)[0])
             return hasher.digest() == name
-        except (FileNotFoundError, OutdatedError):
-            return True  # evicted a moment ago, or replaced when somebody needs it
+        except FileNotFoundError:
+            return True  # evicted a moment ago, or there for another version
         except (DamagedError, OSError):
             return False  # what cannot be read is of no more use than what is wrong
 
@@ -219,10 +223,10 @@ class DiskCache:
         """Evict until `limit` bytes are left, and remove what dead writers left `stale` seconds ago or earlier. Returns
         the bytes that are left."""
         now = time.time()
-        for part in self.directory.glob(_NAMES + _PART):
+        for part in self.directory.glob(f"{_NAMES}*{_PART}"):
             with contextlib.suppress(OSError):
                 if now - part.stat().st_mtime >= stale:
-                    claim = self.claim(bytes.fromhex(part.parent.name + part.stem))
+                    claim = self.claim(bytes.fromhex(_digest(part)))
                     if claim is not None:
                         try:
                             part.unlink()
@@ -275,6 +279,11 @@ class DiskCache:
 
     def _path(self, digest: bytes) -> Path:
         return Path(self.files.name(digest))
+
+
+def _digest(path: Path) -> str:
+    """Whose file it is."""
+    return path.parent.name + path.name[:62]
 
 
 def _write(path: str, pieces: Sequence[bytes]) -> None:

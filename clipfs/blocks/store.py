@@ -26,6 +26,7 @@ from isal import isal_zlib
 from clipfs.blocks.plan import BLOCK
 
 _MAGIC = b"clipspan"
+# Of all that is said here, the size of a block included.
 _VERSION = 2
 _HEAD = struct.Struct("<8sIIQ32s")
 _ROW = struct.Struct("<II")
@@ -52,18 +53,17 @@ class DamagedError(Exception):
     """The file is not what was written."""
 
 
-class OutdatedError(DamagedError):
-    """The file is of another version of clipfs, with other blocks."""
-
-
 class WouldWaitError(Exception):
     """The bytes are not in the page cache, and the caller does not want to wait for the disk."""
 
 
 def place(directory: str, digest: bytes) -> str:
-    """Where the file of a span is. A string: a Path takes as long as opening it does."""
+    """Where the file of a span is. A string: a Path takes as long as opening it does.
+
+    Another version of clipfs has its own, so that both can run on a machine and none counts on what it cannot read.
+    """
     name = digest.hex()
-    return f"{directory}/{name[:2]}/{name[2:]}"
+    return f"{directory}/{name[:2]}/{name[2:]}.{_VERSION}"
 
 
 def opened(path: str) -> int:
@@ -117,9 +117,7 @@ class Entry:
         if len(head) < _HEAD.size:
             raise DamagedError
         magic, version, block, self.length, found = _HEAD.unpack_from(head)
-        if magic == _MAGIC and (version, block) != (_VERSION, BLOCK):
-            raise OutdatedError
-        if (magic, found) != (_MAGIC, digest) or self.length > _MAX_BLOCKS * BLOCK:
+        if (magic, version, block, found) != (_MAGIC, _VERSION, BLOCK, digest) or self.length > _MAX_BLOCKS * BLOCK:
             raise DamagedError
         at = _HEAD.size + -(-self.length // BLOCK) * _ROW.size
         if len(head) < at + _CRC.size:

@@ -33,25 +33,26 @@ def cache(args: argparse.Namespace) -> int:
 
 
 def _ls(disk: DiskCache) -> tuple[dict[str, Any], str]:
-    stored = {each.digest: each for each in disk.stored()}
+    files = list(disk.stored())
+    stored = {each.digest: each for each in files if each.current}
     images = sorted(_images(stored), key=lambda each: -each["bytes"])
     known = {digest for image in images for digest in image.pop("digests")}
-    total = sum(each.size for each in stored.values())
-    other = sum(each.size for digest, each in stored.items() if digest not in known)
+    total = sum(each.size for each in files)
+    other = total - sum(each.size for digest, each in stored.items() if digest in known)
     facts = {
         "directory": str(disk.directory),
-        "spans": len(stored),
+        "spans": len(files),
         "bytes": total,
         "limit": disk.limit,
         "images": images,
         "other_bytes": other,
     }
-    lines = [f"{disk.directory}: {len(stored)} spans, {size(total)} of at most {size(disk.limit)}"]
+    lines = [f"{disk.directory}: {len(files)} spans, {size(total)} of at most {size(disk.limit)}"]
     lines += [
         f"  {size(each['bytes']):>10}  {each['spans']} of {each['of']} spans of {each['source']}" for each in images
     ]
     if other:
-        lines.append(f"  {size(other):>10}  of images whose index is not here")
+        lines.append(f"  {size(other):>10}  of images whose index is not here, or of another version of clipfs")
     if len(images) > 1:
         lines.append("(what images share is counted with each of them)")
     return facts, "\n".join(map(printable, lines))
@@ -99,7 +100,7 @@ def _freed(disk: DiskCache, before: int, left: int) -> tuple[dict[str, Any], str
 
 
 def _verify(disk: DiskCache) -> tuple[dict[str, Any], str]:
-    stored, shown = sorted(disk.stored()), progress()
+    stored, shown = sorted(each for each in disk.stored() if each.current), progress()
     shown.begin("verifying", sum(each.size for each in stored))
     damaged: list[Stored] = []
     left: list[Stored] = []
