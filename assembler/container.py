@@ -43,7 +43,7 @@ class Container:
         container_id = names.checked(name if name is not None else names.invented())
         try:
             base.mkdir(parents=True, exist_ok=True, mode=0o700)
-            base = base.resolve()
+            base = _trusted(base)
             with _locked(base):
                 if os.path.lexists(base / container_id):
                     raise taken(base / container_id)
@@ -71,7 +71,7 @@ class Container:
         """Those whose owners are gone, locked now by this process; with `kept`, also those left on purpose."""
         if not base.is_dir():
             return
-        base = base.resolve()
+        base = _trusted(base)
         if (base / _NEW).exists():
             with _locked(base):
                 names.remove_tree(base / _NEW)
@@ -121,17 +121,6 @@ class Container:
     def write_config(self, spec: dict[str, Any]) -> None:
         """The runtime spec, as the bundle's config. UsageError if it has bytes that are no text."""
         _write_json(self.path / _CONFIG, spec)
-
-    @property
-    def hosts(self) -> Path:
-        """What `write_hosts` writes."""
-        return self.path / "hosts"
-
-    def write_hosts(self, hostname: str) -> None:
-        """An /etc/hosts for a container that has no network: itself, by the names that programs expect."""
-        self.hosts.write_text(f"127.0.0.1\tlocalhost {hostname}\n::1\tlocalhost\n")
-        # Whatever our umask is.
-        self.hosts.chmod(0o644)
 
     def close(self) -> None:
         """Remove the directory, or leave it if it is to be kept, and give up the id. MountError if it is in use."""
@@ -183,6 +172,18 @@ def taken(path: Path) -> clipfs.UsageError:
     if lock is not None:
         os.close(lock)
     return clipfs.UsageError(f"there is a container {path.name} already, {what}")
+
+
+def _trusted(base: Path) -> Path:
+    """The same, without links. UsageError if others could put there what would be run, or removed, as this user."""
+    base = base.resolve()
+    there = base.stat()
+    if there.st_uid not in (0, os.geteuid()) or there.st_mode & 0o022:
+        raise clipfs.UsageError(
+            f"{base} is no place for containers, because other users can write to it; name a directory of your own "
+            f"with --base, or close this one with `chmod go-w`"
+        )
+    return base
 
 
 @contextlib.contextmanager

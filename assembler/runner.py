@@ -26,8 +26,9 @@ from assembler.errors import RunError
 from assembler.events import Events
 from assembler.options import RunOptions
 from assembler.overlay import ContainerOverlay
+from assembler.resolving import name_files
 from assembler.runtime import Runtime
-from assembler.spec import required_directories, runtime_spec
+from assembler.spec import hostname_of, required_directories, runtime_spec
 from assembler.stdio import Stdio
 
 _log = logging.getLogger("assembler")
@@ -83,10 +84,9 @@ def run_in(
     )
     try:
         with overlay:
-            spec = _aside(events, lambda: runtime_spec(config, options, overlay.merged, container.id, container.hosts))
+            files = name_files(container.path, options.network, hostname_of(options, container.id))
+            spec = _aside(events, lambda: runtime_spec(config, options, overlay.merged, container.id, files))
             container.write_config(spec)
-            if options.network == "none":
-                container.write_hosts(spec["hostname"])
             container.record(runtime.program)
             streams = Stdio(
                 container.path,

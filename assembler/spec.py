@@ -14,8 +14,9 @@ from __future__ import annotations
 import os
 import posixpath
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import clipfs
@@ -39,8 +40,10 @@ _READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-tr
 
 _CPU_PERIOD = 100_000  # µs; the kernel's default
 
-# With the host's network come its names.
-_HOST_FILES = ("/etc/resolv.conf", "/etc/hosts")
+# There in the unified hierarchy alone.
+_UNIFIED = Path("/sys/fs/cgroup/cgroup.controllers")
+# There if the kernel counts swap. In the unified hierarchy runtimes see for themselves.
+_V1_SWAP = Path("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes")
 
 
 def required_directories(config: clipfs.ImageConfig, options: RunOptions) -> tuple[str, ...]:
@@ -49,17 +52,21 @@ def required_directories(config: clipfs.ImageConfig, options: RunOptions) -> tup
 
 
 def runtime_spec(
-    config: clipfs.ImageConfig, options: RunOptions, rootfs: Path, container_id: str, hosts: Path | None = None
+    config: clipfs.ImageConfig,
+    options: RunOptions,
+    rootfs: Path,
+    container_id: str,
+    files: Mapping[str, Path] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The spec of a container whose root is `rootfs`, mounted and seeded: users and volumes are looked up in it.
 
-    hosts: the file that it has as /etc/hosts if its network is not the host's.
+    files: what it has, to read and write, in place of its image's: by where that is (see `resolving`).
     """
     with opened_root(rootfs) as root:
         user = look_up(root, options.user or config.user)
         volumes = _image_volumes(config, rootfs, root) if options.read_only else []
     others = _user_mounts(options)
-    hostname = options.hostname or (socket.gethostname() if options.network == "host" else container_id)
+    hostname = hostname_of(options, container_id)
     spec: dict[str, Any] = {
         "ociVersion": "1.0.2",
         "process": _process(config, options, user, hostname),
@@ -68,7 +75,7 @@ def runtime_spec(
         "mounts": [
             *_standard_mounts(),
             *volumes,
-            *_name_files(options, hosts, others),
+            *_files(files, others),
             # The last covers what is there, so what lies in another comes after that, however it was said.
             *sorted(others, key=lambda mount: shortest(mount["destination"]).count("/")),
         ],
@@ -78,6 +85,11 @@ def runtime_spec(
         # The name that the image spec gives it in a runtime spec.
         spec["annotations"] = {"org.opencontainers.image.stopSignal": config.stop_signal}
     return spec
+
+
+def hostname_of(options: RunOptions, container_id: str) -> str:
+    """What a container calls itself: with the host's network, as the host."""
+    return options.hostname or (socket.gethostname() if options.network == "host" else container_id)
 
 
 def _process(config: clipfs.ImageConfig, options: RunOptions, user: Identity, hostname: str) -> dict[str, Any]:
@@ -99,12 +111,12 @@ def _linux(options: RunOptions, container_id: str) -> dict[str, Any]:
     kinds = ["pid", "ipc", "uts", "mount"]
     if options.network == "none":
         kinds.append("network")
-    if Path("/sys/fs/cgroup/cgroup.controllers").exists():
-        # Only in the unified hierarchy does a namespace hide the others' groups.
+    if _UNIFIED.exists():
+        # Only there does a namespace hide the others' groups.
         kinds.append("cgroup")
     resources: dict[str, Any] = {"devices": [{"allow": False, "access": "rwm"}]}
     if options.memory is not None:
-        resources["memory"] = {"limit": options.memory}
+        resources["memory"] = _memory(options.memory)
     if options.cpus is not None:
         resources["cpu"] = {"quota": round(options.cpus * _CPU_PERIOD), "period": _CPU_PERIOD}
     return {
@@ -116,6 +128,11 @@ def _linux(options: RunOptions, container_id: str) -> dict[str, Any]:
         "maskedPaths": list(_MASKED),
         "readonlyPaths": list(_READ_ONLY),
     }
+
+
+def _memory(limit: int) -> dict[str, int]:
+    """Swap counts, if anybody counts it: what goes on on the disk instead is not limited."""
+    return {"limit": limit, "swap": limit} if _UNIFIED.exists() or _V1_SWAP.exists() else {"limit": limit}
 
 
 def _standard_mounts() -> list[dict[str, Any]]:
@@ -133,15 +150,12 @@ def _standard_mounts() -> list[dict[str, Any]]:
     ]
 
 
-def _name_files(options: RunOptions, hosts: Path | None, others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _files(files: Mapping[str, Path], others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """None where one of the others is mounted: that has its own, or shall have none."""
-    files = {path: (path, "ro") for path in _HOST_FILES if Path(path).is_file()}
-    if options.network != "host":
-        files = {"/etc/hosts": (str(hosts), "rw")} if hosts else {}
     taken = {shortest(mount["destination"]) for mount in others}
     return [
-        _mount(path, "bind", source, "bind", "rprivate", access)
-        for path, (source, access) in files.items()
+        _mount(path, "bind", str(source), "bind", "rprivate", "rw")
+        for path, source in files.items()
         if taken.isdisjoint((path, posixpath.dirname(path)))
     ]
 

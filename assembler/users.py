@@ -51,15 +51,18 @@ def look_up(root: int, wanted: str) -> Identity:
     without that a setgid program could drop a group that a file denies something to.
     """
     who, _, group = wanted.partition(":")
+    for number in (who, group):
+        if _is_number(number) and _number(number) is None:
+            raise clipfs.UsageError(f"the numbers of users and groups go up to {_MAX_ID}, and {number[:20]} is more")
     users = _users(root)
     if _is_number(who or "0"):
-        uid = _number(who or "0")
-        unknown = None if uid is None else _User("", uid, 0, "/")
-        user = next((each for each in users if each.uid == uid), unknown)
+        uid = int(who or "0")
+        user = next((each for each in users if each.uid == uid), _User("", uid, 0, "/"))
     else:
-        user = next((each for each in users if each.name == who), None)
-    if user is None:
-        raise clipfs.UsageError(f"the image has no user '{who}' in its /etc/passwd; name another, or a number")
+        known = next((each for each in users if each.name == who), None)
+        if known is None:
+            raise clipfs.UsageError(f"the image has no user '{who}' in its /etc/passwd; name another, or a number")
+        user = known
     if group:
         gid = _group_id(root, group)
         return Identity(user.uid, gid, (gid,), user.home)
@@ -69,9 +72,8 @@ def look_up(root: int, wanted: str) -> Identity:
 
 def _group_id(root: int, wanted: str) -> int:
     if _is_number(wanted):
-        gid = _number(wanted)
-    else:
-        gid = next((each.gid for each in _groups(root) if each.name == wanted), None)
+        return int(wanted)
+    gid = next((each.gid for each in _groups(root) if each.name == wanted), None)
     if gid is None:
         raise clipfs.UsageError(f"the image has no group '{wanted}' in its /etc/group; name another, or a number")
     return gid
@@ -106,6 +108,6 @@ def _is_number(text: str) -> bool:
 
 
 def _number(text: str) -> int | None:
-    if not _is_number(text) or len(text) > 10:
+    if not _is_number(text) or len(digits := text.lstrip("0")) > 10:
         return None
-    return number if (number := int(text)) <= _MAX_ID else None
+    return number if (number := int(digits or "0")) <= _MAX_ID else None

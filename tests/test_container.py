@@ -16,6 +16,7 @@ import pytest
 import assembler
 import clipfs
 from assembler import Container, kernel, names
+from assembler.resolving import name_files
 from clipfs.cli.main import main
 from tests.conftest import require_root
 
@@ -46,11 +47,25 @@ def test_who_may_look_into_it_is_not_the_umasks_affair(tmp_path: Path, umask: in
     base, before = tmp_path / "new" / "base", os.umask(umask)
     try:
         with Container.create(base) as container:
-            container.write_hosts("web")
+            files = name_files(container.path, "none", "web")
             assert base.stat().st_mode & 0o777 == 0o700
-            assert container.hosts.stat().st_mode & 0o777 == 0o644
+            assert files["/etc/hosts"].stat().st_mode & 0o777 == 0o644
     finally:
         os.umask(before)
+
+
+@pytest.mark.parametrize(("mode", "owner"), [(0o775, 0), (0o757, 0), (0o1777, 0), (0o700, 65534)])
+def test_what_others_can_write_to_is_no_base(base: Path, mode: int, owner: int) -> None:
+    """They could have the next `gc` start a program of theirs."""
+    require_root()
+    abandon(base, "web")
+    os.chown(base, owner, owner)
+    base.chmod(mode)
+    before = sorted(base.rglob("*"))
+    for use in (lambda: Container.create(base), lambda: assembler.gc(base)):
+        with pytest.raises(clipfs.UsageError, match=f"{base} is no place for containers, because other users"):
+            use()
+    assert sorted(base.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,11 @@ class TestOptions:
         words = cli.words("run", "--rm", "--network=none", "--hostname=box", "-u", "app", tree, "cat", "/etc/hosts")
         done = subprocess.run(words, capture_output=True, timeout=SECONDS, check=False, env=cli.env, umask=0o077)
         assert (done.stdout, done.stderr) == (b"127.0.0.1\tlocalhost box\n::1\tlocalhost\n", b"")
+        # With the host's network its names: the container's own copy, to write to.
+        change = "echo 192.0.2.1 other >> /etc/hosts && echo >> /etc/resolv.conf && cat /etc/hosts"
+        host = Path("/etc/hosts").read_text()
+        assert cli("run", "--rm", tree, "sh", "-c", change).out == f"{host}192.0.2.1 other\n"
+        assert Path("/etc/hosts").read_text() == host
         assert set(script("host")) == {each.name for each in Path("/sys/class/net").iterdir() if each.is_symlink()}
 
     def test_limits(self, cli: Cli, tree: Path) -> None:
@@ -189,6 +194,8 @@ class TestOptions:
         ran = cli("run", "--rm", "--cpus", "0.5", tree, "sh", "-c", quota)
         assert ran.out.split()[0] == "50000"
         assert cli("run", "--rm", "--memory", "16M", tree, "tail", "/dev/zero").code == 137
+        swap = "cat /sys/fs/cgroup/memory/memory.memsw.limit_in_bytes /sys/fs/cgroup/memory.swap.max 2>/dev/null"
+        assert cli("run", "--rm", "--memory", "16M", tree, "sh", "-c", swap).out in (f"{16 << 20}\n", "0\n", "")
 
     def test_a_kept_upper(self, cli: Cli, tree_clip: Path, tmp_path: Path) -> None:
         upper = tmp_path / "kept"

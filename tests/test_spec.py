@@ -11,8 +11,9 @@ from typing import Any, Literal
 import pytest
 
 import clipfs
-from assembler import RunOptions, Volume, runtime_spec
+from assembler import RunOptions, Volume, resolving, runtime_spec
 from assembler.command import command, first_read
+from assembler.resolving import name_files
 from assembler.spec import required_directories
 from tests.containers import CONFIG
 
@@ -155,18 +156,35 @@ def test_network(root: Path) -> None:
     assert (host["hostname"], none["hostname"]) == (socket.gethostname(), "web")
     assert spec(root, hostname="box")["hostname"] == "box"
     assert environment(spec(root, hostname="box"))["HOSTNAME"] == "box"
-    files = {"/etc/resolv.conf", "/etc/hosts"}
-    assert mounts(host).keys() & files == {path for path in files if Path(path).is_file()}
-    assert not mounts(none).keys() & files
-    options, hosts = RunOptions(command=("true",), network="none"), Path("/bundle/hosts")
-    assert mounts(runtime_spec(CONFIG, options, root, "web", hosts))["/etc/hosts"]["source"] == str(hosts)
+    files = {"/etc/hosts": Path("/bundle/hosts")}
+    found = mounts(runtime_spec(CONFIG, RunOptions(command=("true",)), root, "web", files))["/etc/hosts"]
+    assert (found["source"], found["options"]) == ("/bundle/hosts", ["bind", "rprivate", "rw"])
+
+
+def test_files_to_find_names_by(tmp_path: Path) -> None:
+    found = name_files(tmp_path, "none", "web")
+    assert {place: path.read_text() for place, path in found.items()} == {
+        "/etc/hosts": "127.0.0.1\tlocalhost web\n::1\tlocalhost\n"
+    }
+    found = name_files(tmp_path, "host", "web")
+    assert list(found) == [place for place in ("/etc/hosts", "/etc/resolv.conf") if Path(place).is_file()]
+    assert all(path.read_bytes() == Path(place).read_bytes() for place, path in found.items())
+    assert {path.parent for path in found.values()} == {tmp_path}
+
+
+def test_files_of_the_host_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hosts").mkdir()
+    (tmp_path / "resolv.conf").symlink_to("resolv.conf")
+    monkeypatch.setattr(resolving, "_HOSTS", str(tmp_path / "hosts"))
+    monkeypatch.setattr(resolving, "_RESOLV_CONF", str(tmp_path / "resolv.conf"))
+    assert name_files(tmp_path, "host", "web") == {}
 
 
 def test_limits(root: Path) -> None:
     nothing = {"allow": False, "access": "rwm"}
     assert spec(root)["linux"]["resources"] == {"devices": [nothing]}
     found = spec(root, memory=64 << 20, cpus=1.5)["linux"]["resources"]
-    assert found["memory"] == {"limit": 64 << 20}
+    assert found["memory"] == {"limit": 64 << 20, "swap": 64 << 20}
     assert found["cpu"] == {"quota": 150_000, "period": 100_000}
 
 
@@ -192,8 +210,15 @@ def test_who_brings_his_own_etc_has_no_other(
 ) -> None:
     """It may be read-only, and is his: nothing is made in it to be mounted on."""
     options = RunOptions(command=("true",), network=network, environ={}, volumes=(Volume(tmp_path, place),))
-    found = runtime_spec(CONFIG, options, root, "web", tmp_path / "hosts")["mounts"]
+    found = runtime_spec(CONFIG, options, root, "web", {"/etc/hosts": tmp_path / "hosts"})["mounts"]
     assert [each["source"] for each in found if each["destination"] in (place, "/etc/hosts")] == [str(tmp_path)]
+
+
+def test_swap_that_nobody_counts(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runtimes would fail where the kernel has no such file."""
+    monkeypatch.setattr("assembler.spec._UNIFIED", tmp_path / "missing")
+    monkeypatch.setattr("assembler.spec._V1_SWAP", tmp_path / "missing")
+    assert spec(root, memory=64 << 20)["linux"]["resources"]["memory"] == {"limit": 64 << 20}
 
 
 def test_a_volume_that_does_not_exist(root: Path) -> None:

@@ -316,7 +316,7 @@ def _add_run(commands: Commands[_Parser]) -> None:
     group.add_argument("--tmpfs", action="append", default=[], metavar="DIR", help="memory, empty at first")
     group.add_argument("--hostname", help="default: the host's, or its id without a network")
     group.add_argument("--network", choices=("host", "none"), default="host", help="default: host")
-    group.add_argument("--memory", metavar="SIZE", help="limit, e.g. 512M")
+    group.add_argument("--memory", metavar="SIZE", help="limit, swap included, e.g. 512M")
     group.add_argument("--cpus", type=float, metavar="N", help="limit, e.g. 1.5")
     group.add_argument("--read-only", action="store_true", help="no writes outside volumes and tmpfs")
     group.add_argument("--entrypoint", metavar="COMMAND", help="instead of the image's; '' for none")
