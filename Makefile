@@ -47,7 +47,7 @@ run: setup $(DEMO)/oci/index.json ## run a container from an image that is never
 demo: setup $(DEMO)/oci/index.json ## build the demo image in .cache/demo
 
 test: setup lint $(VENV)/.installed-bench $(VENV)/.installed-fuzz $(SYSTEM)-peers $(DEMO)/oci/index.json ## everything that must hold: ruff, mypy, pytest [ARGS=...]
-	@$(VENV)/bin/pytest $(ARGS)
+	@$(VENV)/bin/pytest --numprocesses 2 $(ARGS)
 
 lint: setup ## ruff and mypy
 	@$(VENV)/bin/ruff check --quiet

@@ -20,6 +20,7 @@ import pytest
 from benchmarks import demo
 from clipfs.blocks import link
 from clipfs.mounting import daemon
+from tests.beside import Scheduling, is_beside_others
 from tests.guard import guarded
 from tests.leftovers import Places, nothing_left_behind
 from tests.patched_worker import patch_workers
@@ -88,10 +89,15 @@ def near(monkeypatch: pytest.MonkeyPatch) -> None:
     patch_workers(monkeypatch, "import math; from clipfs.blocks import link; link._FAR = math.inf")
 
 
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    """See `tests.beside`."""
+    return Scheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left_behind(places: Places, request: pytest.FixtureRequest) -> Iterator[None]:
     """See `tests.leftovers`. What larger-scoped fixtures hold is there before it."""
-    with nothing_left_behind(places) as forgiven:
+    with nothing_left_behind(places, alone=not is_beside_others(request.node)) as forgiven:
         yield
         # What the test was given is nobody's any more, and ends if that is how it ends. A report has more of it.
         (request.node.funcargs or {}).clear()  # none of a test that Ctrl-C has ended

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import mmap
 import os
 import select
 from collections.abc import Iterator
@@ -18,6 +19,12 @@ from clipfs.mounting import mountinfo
 
 # Seconds for a process that has nothing left to do.
 _GRACE = 5
+
+# Mapped by this process and its forks, until they run another program; by nobody else, whatever it is called.
+_MARK = f"clipfs-tests-{os.getpid()}"
+with open(os.memfd_create(_MARK), "r+b") as _marked:
+    _marked.truncate(1)
+    _mapped = mmap.mmap(_marked.fileno(), 1)
 
 
 class Places(NamedTuple):
@@ -35,19 +42,21 @@ class Places(NamedTuple):
 
 
 @contextlib.contextmanager
-def nothing_left_behind(places: Places, grace: float = _GRACE) -> Iterator[set[str]]:
+def nothing_left_behind(places: Places, grace: float = _GRACE, *, alone: bool = True) -> Iterator[set[str]]:
     """Nothing that begins in here outlives it: AssertionError with what does. It waits so long for processes to end.
+    alone: nobody else runs containers meanwhile, or uses loop devices.
 
     What was there before, such as the mount of a fixture of larger scope, may stay; and so may things whose names begin
     with a word that is put into the set.
     """
-    before, processes, descriptors, forgiven = _present(places), _processes(places), _descriptors(places), set[str]()
+    before, processes = _present(places, alone), _processes(places)
+    descriptors, forgiven = _descriptors(places), set[str]()
     yield forgiven
     # umount(8) returns a moment before the process that has served the mount ends.
     for pid in _processes(places).keys() - processes.keys():
         with contextlib.suppress(ProcessLookupError), open(os.pidfd_open(pid), "rb", buffering=0) as ending:
             select.select([ending], [], [], grace)
-    left = _present(places) - before
+    left = _present(places, alone) - before
     left |= {f"process {pid}: {what}" for pid, what in _processes(places).items() if pid not in processes}
     if _descriptors(places).keys() - descriptors.keys():
         gc.collect()  # what nobody can use any more is closed when it is collected
@@ -61,12 +70,12 @@ def nothing_left_behind(places: Places, grace: float = _GRACE) -> Iterator[set[s
     assert not left, f"left behind: {sorted(left)}"
 
 
-def _present(places: Places) -> set[str]:
+def _present(places: Places, alone: bool) -> set[str]:
     """Mounts, loop devices, control groups, sockets, and files where nothing stays."""
     ours = places.prefixes
     found = {f"mount {entry.mountpoint}" for entry in mountinfo.entries() if f"{entry.mountpoint}/".startswith(ours)}
     found |= {f"loop device of {name}" for name in _backing_files() if name.startswith(ours)}
-    if os.environ.get("CLIPFS_REQUIRE") == "1":  # elsewhere they may be another run's
+    if alone and os.environ.get("CLIPFS_REQUIRE") == "1":  # elsewhere they may be another run's
         found |= {f"loop device of {name}" for name in _backing_files()}
         found |= {f"cgroup {path}" for path in Path("/sys/fs/cgroup").glob("**/clipfs-*/")}
     # Bound ones have a path; abstract ones begin with "@" in its place.
@@ -97,7 +106,8 @@ def _processes(places: Places) -> dict[int, str]:
             environment = (process / "environ").read_bytes()
             # A daemon of ours is a fork of this process, or was started below it and has our directories to work in:
             # in its environment, or, of those whose environment is none of their business, as an argument.
-            if command == me or any(place in environment for place in ours) or any(place in command for place in named):
+            forked = command == me and _MARK in (process / "maps").read_text()
+            if forked or any(place in environment for place in ours) or any(place in command for place in named):
                 found[int(process.name)] = repr(command.decode(errors="replace"))
     return found
 

@@ -109,9 +109,10 @@ def in_view(view: str, clip: Path, mountpoint: Path) -> Iterator[Path]:
 
 def settled() -> list[state.MountRecord]:
     """Wait for processes whose mount is gone, which umount(8) does not do; the records of all others."""
-    mounted = {entry.device for entry in mountinfo.entries()}
+    # A number alone may be another's by now, who mounts at the same time.
+    mounted = {(entry.device, entry.mountpoint) for entry in mountinfo.entries()}
     for record in state.records():
-        if record.device not in mounted:
+        if (record.device, record.mountpoint) not in mounted:
             ended(record.process.pid)
             if record.worker is not None:
                 ended(record.worker.pid)
