@@ -41,9 +41,9 @@ def peers(copies: Copies, clip: Path) -> dict[str, Mounting]:
         CLIPFS: lambda at: _clipfs(clip, at, "kernel"),
         FUSE_VIEW: lambda at: _clipfs(clip, at, "fuse"),
         SQUASHFUSE: lambda at: squashfuse_mount(copies.squashfs, at),
-        SQUASHFS: lambda at: _kernel("squashfs", copies.squashfs, at),
-        EROFS: lambda at: _kernel("erofs", copies.erofs, at),
-        EXT4: lambda at: _kernel("ext4", copies.ext4, at),
+        SQUASHFS: lambda at: kernel_mount("squashfs", copies.squashfs, at),
+        EROFS: lambda at: kernel_mount("erofs", copies.erofs, at),
+        EXT4: lambda at: kernel_mount("ext4", copies.ext4, at),
         "fuse-overlayfs": lambda at: served(at, "fuse-overlayfs", "-f", "-o", f"lowerdir={copies.tree}", at),
     }
     ratarmount = ratarmount_program()
@@ -65,7 +65,8 @@ def _clipfs(clip: Path, at: Path, view: str) -> Iterator[Path]:
 
 
 @contextmanager
-def _kernel(fstype: str, image: Path, at: Path) -> Iterator[Path]:
+def kernel_mount(fstype: str, image: Path, at: Path) -> Iterator[Path]:
+    """An image that the kernel mounts by itself, on a loop device."""
     run("mount", "-t", fstype, "-o", "loop,ro", image, at)
     try:
         yield at
