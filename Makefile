@@ -32,7 +32,7 @@ MINUTES ?= 25
 PACKAGES := python3-venv python3-dev gcc pkg-config fuse3 libfuse3-dev runc crun mmdebstrap pigz zstd
 # What the tests compare with, and the benchmarks measure against.
 PEERS    := acl apache2-utils attr buildah busybox-static bzip2 curl docker-registry e2fsprogs erofs-utils fio \
-            fuse-overlayfs libcap2-bin nginx openssl skopeo squashfs-tools squashfuse umoci xz-utils
+            fuse-overlayfs isal libcap2-bin nginx openssl skopeo squashfs-tools squashfuse umoci xz-utils
 
 help: ## say what there is
 	@echo 'make TARGET, where TARGET is one of'

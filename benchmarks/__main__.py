@@ -47,6 +47,7 @@ _PROGRAMS = (
     "docker-registry",
     "fio",
     "fuse-overlayfs",
+    "igzip",
     "mkfs.erofs",
     "mkfs.ext4",
     "mksquashfs",
