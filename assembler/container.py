@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any, Self
 
 import clipfs
 from assembler import names
+
+_log = logging.getLogger("assembler")
 
 _LOCK, _KEPT, _RECORD, _CONFIG = "clipfs.lock", "kept", "runtime.json", "config.json"
 _BASE_LOCK, _NEW = ".clipfs.lock", ".clipfs.new"
@@ -77,6 +80,10 @@ class Container:
                 names.remove_tree(base / _NEW)
         for entry in sorted(base.iterdir()):
             if entry.is_symlink() or entry.name.startswith("."):
+                continue
+            if not _ours(entry):
+                # From a time when the base was not what it should be: what it says would be done as this user.
+                _log.warning("left %s as it is: other users can write to it", entry)
                 continue
             with _locked(base):
                 lock = _try_lock(entry / _LOCK)
@@ -177,13 +184,18 @@ def taken(path: Path) -> clipfs.UsageError:
 def _trusted(base: Path) -> Path:
     """The same, without links. UsageError if others could put there what would be run, or removed, as this user."""
     base = base.resolve()
-    there = base.stat()
-    if there.st_uid not in (0, os.geteuid()) or there.st_mode & 0o022:
+    if not _ours(base):
         raise clipfs.UsageError(
             f"{base} is no place for containers, because other users can write to it; name a directory of your own "
-            f"with --base, or close this one with `chmod go-w`"
+            "with --base"
         )
     return base
+
+
+def _ours(path: Path) -> bool:
+    """Nobody else can have put there what is in it, nor be its owner."""
+    there = path.lstat()
+    return there.st_uid in (0, os.geteuid()) and not there.st_mode & 0o022
 
 
 @contextlib.contextmanager

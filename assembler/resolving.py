@@ -6,6 +6,7 @@ the container itself.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import clipfs
@@ -20,7 +21,7 @@ def name_files(directory: Path, network: str, hostname: str) -> dict[str, Path]:
         return {str(path): _written(directory / path.name, _read(path)) for path in host if path.is_file()}
     # By the names that programs expect.
     own = f"127.0.0.1\tlocalhost {hostname}\n::1\tlocalhost\n"
-    return {_HOSTS: _written(directory / "hosts", own.encode())}
+    return {_HOSTS: _written(directory / "hosts", os.fsencode(own))}
 
 
 def _read(path: Path) -> bytes:

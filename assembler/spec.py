@@ -40,10 +40,9 @@ _READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-tr
 
 _CPU_PERIOD = 100_000  # µs; the kernel's default
 
-# There in the unified hierarchy alone.
-_UNIFIED = Path("/sys/fs/cgroup/cgroup.controllers")
-# There if the kernel counts swap. In the unified hierarchy runtimes see for themselves.
-_V1_SWAP = Path("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes")
+_CGROUPS = Path("/sys/fs/cgroup")
+# There if the kernel counts swap; runtimes fail otherwise. In the unified hierarchy all groups have it but the root.
+_SWAP = ("memory/memory.memsw.limit_in_bytes", "memory.swap.max", "*/memory.swap.max")
 
 
 def required_directories(config: clipfs.ImageConfig, options: RunOptions) -> tuple[str, ...]:
@@ -60,7 +59,7 @@ def runtime_spec(
 ) -> dict[str, Any]:
     """The spec of a container whose root is `rootfs`, mounted and seeded: users and volumes are looked up in it.
 
-    files: what it has, to read and write, in place of its image's: by where that is (see `resolving`).
+    files: what it has in place of its image's, by where that is (see `resolving`).
     """
     with opened_root(rootfs) as root:
         user = look_up(root, options.user or config.user)
@@ -75,7 +74,7 @@ def runtime_spec(
         "mounts": [
             *_standard_mounts(),
             *volumes,
-            *_files(files, others),
+            *_files(files, others, "ro" if options.read_only else "rw"),
             # The last covers what is there, so what lies in another comes after that, however it was said.
             *sorted(others, key=lambda mount: shortest(mount["destination"]).count("/")),
         ],
@@ -111,8 +110,8 @@ def _linux(options: RunOptions, container_id: str) -> dict[str, Any]:
     kinds = ["pid", "ipc", "uts", "mount"]
     if options.network == "none":
         kinds.append("network")
-    if _UNIFIED.exists():
-        # Only there does a namespace hide the others' groups.
+    if (_CGROUPS / "cgroup.controllers").exists():
+        # Only in the unified hierarchy does a namespace hide the others' groups.
         kinds.append("cgroup")
     resources: dict[str, Any] = {"devices": [{"allow": False, "access": "rwm"}]}
     if options.memory is not None:
@@ -132,7 +131,8 @@ def _linux(options: RunOptions, container_id: str) -> dict[str, Any]:
 
 def _memory(limit: int) -> dict[str, int]:
     """Swap counts, if anybody counts it: what goes on on the disk instead is not limited."""
-    return {"limit": limit, "swap": limit} if _UNIFIED.exists() or _V1_SWAP.exists() else {"limit": limit}
+    counted = any(next(_CGROUPS.glob(pattern), None) for pattern in _SWAP)
+    return {"limit": limit, "swap": limit} if counted else {"limit": limit}
 
 
 def _standard_mounts() -> list[dict[str, Any]]:
@@ -150,11 +150,11 @@ def _standard_mounts() -> list[dict[str, Any]]:
     ]
 
 
-def _files(files: Mapping[str, Path], others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _files(files: Mapping[str, Path], others: Sequence[dict[str, Any]], access: str) -> list[dict[str, Any]]:
     """None where one of the others is mounted: that has its own, or shall have none."""
     taken = {shortest(mount["destination"]) for mount in others}
     return [
-        _mount(path, "bind", str(source), "bind", "rprivate", "rw")
+        _mount(path, "bind", str(source), "bind", "rprivate", access)
         for path, source in files.items()
         if taken.isdisjoint((path, posixpath.dirname(path)))
     ]

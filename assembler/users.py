@@ -51,12 +51,13 @@ def look_up(root: int, wanted: str) -> Identity:
     without that a setgid program could drop a group that a file denies something to.
     """
     who, _, group = wanted.partition(":")
-    for number in (who, group):
-        if _is_number(number) and _number(number) is None:
-            raise clipfs.UsageError(f"the numbers of users and groups go up to {_MAX_ID}, and {number[:20]} is more")
+    for text in (who, group):
+        if _is_number(text) and _number(text) is None:
+            more = text.lstrip("0")[:20]
+            raise clipfs.UsageError(f"the numbers of users and groups go up to {_MAX_ID}, and {more} is more")
     users = _users(root)
     if _is_number(who or "0"):
-        uid = int(who or "0")
+        uid = _number(who) or 0
         user = next((each for each in users if each.uid == uid), _User("", uid, 0, "/"))
     else:
         known = next((each for each in users if each.name == who), None)
@@ -71,8 +72,9 @@ def look_up(root: int, wanted: str) -> Identity:
 
 
 def _group_id(root: int, wanted: str) -> int:
-    if _is_number(wanted):
-        return int(wanted)
+    gid = _number(wanted)
+    if gid is not None:
+        return gid
     gid = next((each.gid for each in _groups(root) if each.name == wanted), None)
     if gid is None:
         raise clipfs.UsageError(f"the image has no group '{wanted}' in its /etc/group; name another, or a number")

@@ -68,6 +68,29 @@ def test_what_others_can_write_to_is_no_base(base: Path, mode: int, owner: int) 
     assert sorted(base.rglob("*")) == before
 
 
+@pytest.mark.parametrize(("mode", "owner"), [(0o777, 0), (0o700, 65534)])
+def test_what_others_could_make_stays_as_it_is(
+    base: Path, caplog: pytest.LogCaptureFixture, mode: int, owner: int
+) -> None:
+    """The base was open to them once. What they wrote into it is a program that this user would start."""
+    require_root()
+    for name in ("theirs", "ours"):
+        abandon(base, name)
+    ran = base.parent / "ran"
+    program = base.parent / "program"
+    program.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    program.chmod(0o755)
+    (base / "theirs" / "runtime.json").write_text(json.dumps({"runtime": str(program)}))
+    (base / "theirs" / "runtime" / "theirs").mkdir(parents=True)
+    os.chown(base / "theirs", owner, owner)
+    (base / "theirs").chmod(mode)
+    assert assembler.gc(base, kept=True) == ["ours"]
+    assert not ran.exists()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"left {base / 'theirs'} as it is: other users can write to it"
+    ]
+
+
 @pytest.mark.parametrize(
     "name",
     [

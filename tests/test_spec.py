@@ -159,6 +159,8 @@ def test_network(root: Path) -> None:
     files = {"/etc/hosts": Path("/bundle/hosts")}
     found = mounts(runtime_spec(CONFIG, RunOptions(command=("true",)), root, "web", files))["/etc/hosts"]
     assert (found["source"], found["options"]) == ("/bundle/hosts", ["bind", "rprivate", "rw"])
+    read_only = RunOptions(command=("true",), read_only=True)
+    assert mounts(runtime_spec(CONFIG, read_only, root, "web", files))["/etc/hosts"]["options"][-1] == "ro"
 
 
 def test_files_to_find_names_by(tmp_path: Path) -> None:
@@ -170,6 +172,11 @@ def test_files_to_find_names_by(tmp_path: Path) -> None:
     assert list(found) == [place for place in ("/etc/hosts", "/etc/resolv.conf") if Path(place).is_file()]
     assert all(path.read_bytes() == Path(place).read_bytes() for place, path in found.items())
     assert {path.parent for path in found.values()} == {tmp_path}
+
+
+def test_a_name_that_is_no_text_is_refused_where_all_are(tmp_path: Path) -> None:
+    """That is, when the bundle is written (`Container.write_config`)."""
+    assert name_files(tmp_path, "none", "\udcff")["/etc/hosts"].read_bytes().startswith(b"127.0.0.1\tlocalhost \xff\n")
 
 
 def test_files_of_the_host_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,9 +223,14 @@ def test_who_brings_his_own_etc_has_no_other(
 
 def test_swap_that_nobody_counts(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runtimes would fail where the kernel has no such file."""
-    monkeypatch.setattr("assembler.spec._UNIFIED", tmp_path / "missing")
-    monkeypatch.setattr("assembler.spec._V1_SWAP", tmp_path / "missing")
+    monkeypatch.setattr("assembler.spec._CGROUPS", tmp_path)
     assert spec(root, memory=64 << 20)["linux"]["resources"]["memory"] == {"limit": 64 << 20}
+    for name in ("memory.swap.max", "system.slice/memory.swap.max", "memory/memory.memsw.limit_in_bytes"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        found = spec(root, memory=64 << 20)["linux"]["resources"]["memory"]
+        assert found == {"limit": 64 << 20, "swap": 64 << 20}
+        (tmp_path / name).unlink()
 
 
 def test_a_volume_that_does_not_exist(root: Path) -> None:

@@ -70,6 +70,7 @@ def root(etc: Path) -> Iterator[int]:
         (":wheel", Identity(0, 10, (10,), "/root")),
         ("4242", Identity(4242, 0, (0,), "/")),
         ("000000004242", Identity(4242, 0, (0,), "/")),
+        ("0" * 5000 + "7:" + "0" * 5000 + "8", Identity(7, 8, (8,), "/")),
         ("4242:4343", Identity(4242, 4343, (4343,), "/")),
         ("2147483647", Identity(2147483647, 0, (0,), "/")),
         ("homeless", Identity(1002, 1002, (1002,), "/")),
@@ -84,7 +85,7 @@ def test_look_up(root: int, wanted: str, identity: Identity) -> None:
     assert look_up(root, wanted) == identity
 
 
-@pytest.mark.parametrize("wanted", ["2147483648", "9" * 11, "9" * 5000, "0:2147483648", "app:99999999999"])
+@pytest.mark.parametrize("wanted", ["2147483648", "9" * 11, "9" * 5000, "0:2147483648", "0" * 9 + "9" * 11])
 def test_numbers_that_no_runtime_takes(root: int, wanted: str) -> None:
     with pytest.raises(clipfs.UsageError, match=r"go up to 2147483647, and (2147483648|9{11}|9{20}) is more"):
         look_up(root, wanted)

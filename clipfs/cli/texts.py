@@ -54,7 +54,8 @@ CACHE = """\
 ls       how much is there, and which images it belongs to
 gc       remove what is over the limit, longest unused first, and what killed processes left
 prune    remove everything; mounts go on, and fetch what they need again
-verify   read everything, check it against its digests, remove what is damaged; exit code 65 if anything was
+verify   read everything of this version, check it against its digests, remove what is damaged; exit code 65 if
+         anything was
 
 """
 

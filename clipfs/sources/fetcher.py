@@ -48,7 +48,7 @@ class Fetcher(ABC):
     @abstractmethod
     def distrust(self, layer: int, at: int | None = None) -> None:
         """What came of this layer was wrong: take another way to it next time, if there is one. at: where in the layer,
-        so that of several places the one that sent it is blamed; otherwise it is whoever sent the last range."""
+        so that of several places the one that sent it is blamed; otherwise it is all that have sent something of it."""
 
     @abstractmethod
     async def aclose(self) -> None:

@@ -86,11 +86,18 @@ class RegistrySource(Source):
 
     def distrust(self, blob: Descriptor, at: int | None = None) -> None:
         """See `Source.distrust`."""
-        for served in reversed(self._served):
-            if served.digest == blob.digest and (at is None or served.start <= at < served.end):
-                served.site.distrust()
-                served.site.transport.distrust(str(blob.digest))
-                return
+        sent = [
+            each.site
+            for each in self._served
+            if each.digest == blob.digest and (at is None or each.start <= at < each.end)
+        ]
+        if not sent:
+            return
+        # A byte is whose that was sent last. Of all together it may be any's, and the registry's if there is no other.
+        mirrors = {site for site in sent if site is not self._known_sites[-1]}
+        for site in mirrors if at is None and mirrors else sent[-1:]:
+            site.distrust()
+            site.transport.distrust(str(blob.digest))
 
     async def read_into(self, blob: Descriptor, start: int, end: int, sink: Sink) -> None:
         """See `Source.read_into`. What has come stays when a connection breaks, and the rest is asked for."""

@@ -107,10 +107,12 @@ class Server:
     def __init__(self, host: str) -> None:
         self.host = host
         self._failures = 0
-        self._rests_until = self._distrusted_until = 0.0
+        self._rests_until = self._distrusted_until = self._alone_until = 0.0
 
-    def failed(self) -> None:
-        """Leave it alone for a while, if there are others. The same trouble counts once, however many meet it."""
+    def failed(self, pause: float = 0.0) -> None:
+        """Leave it alone for a while, if there are others. The same trouble counts once, however many meet it. pause:
+        for so many seconds in any case, for it has asked for them."""
+        self._alone_until = max(self._alone_until, trio.current_time() + pause)
         if self.rests:
             return
         self._rests_until = trio.current_time() + min(_FIRST_REST * 2**self._failures, _LONGEST_REST)
@@ -118,7 +120,7 @@ class Server:
 
     def worked(self) -> None:
         """It answers."""
-        self._failures, self._rests_until = 0, 0.0
+        self._failures, self._rests_until, self._alone_until = 0, 0.0, 0.0
 
     def distrust(self) -> None:
         """It sent wrong bytes: ask it last for a while."""
@@ -127,6 +129,10 @@ class Server:
     @property
     def rests(self) -> bool:
         return trio.current_time() < self._rests_until
+
+    @property
+    def wants_to_be_left_alone(self) -> bool:
+        return trio.current_time() < self._alone_until
 
     @property
     def distrusted(self) -> bool:
@@ -166,7 +172,7 @@ class Turns(Generic[S]):
         self._rounds = 0
         self.server.worked()
         if trio.current_time() > self.deadline:
-            raise self.exhausted()
+            raise self._late()
 
     async def failed(self, failure: Exception) -> None:
         """Turn to the next server, at once if there is one that has not been asked; or raise what cannot be helped."""
@@ -176,7 +182,7 @@ class Turns(Generic[S]):
         elif server is self._main:  # what a mirror has not, or does not give, another may
             self._final = failure
         if server is not self._main:
-            server.failed()
+            server.failed(failure.pause if isinstance(failure, Transient) else 0.0)
             _log.warning("%s from mirror %s: %s", self._what, server.host, failure)
         if trio.current_time() > self.deadline:
             raise self._final or self.exhausted()
@@ -207,13 +213,17 @@ class Turns(Generic[S]):
 
     def exhausted(self) -> SourceError:
         """The error that says why there was no success."""
-        if not self._said:
-            return SourceError(f"cannot get {self._what} from {self._main.host}: it took too long")
+        if self._main not in self._said and self._queue:
+            return self._late()
         server = self._telling(self._said)
         failure, reason = self._said[server], self._said[server].reason
         if failure.pause > _LONGEST_PAUSE:
             reason += f", and wants to be left alone for {failure.pause:.0f} s"
         return SourceError(f"cannot get {self._what} from {server.host}: {reason}")
+
+    def _late(self) -> SourceError:
+        """Of who is being asked, while time runs out."""
+        return SourceError(f"cannot get {self._what} from {self.server.host}: it took too long")
 
     def _telling(self, failures: Collection[S]) -> S:
         """Whose trouble counts: what the registry itself says, or else what a mirror does."""
@@ -221,7 +231,11 @@ class Turns(Generic[S]):
 
     def _in_order(self, *, resting: bool) -> list[S]:
         """Those to ask, the trusted before the others; those that rest only if `resting`, and then last."""
-        servers = [server for server in self._servers if resting or server is self._main or not server.rests]
+
+        def may_be_asked(server: S) -> bool:
+            return not server.wants_to_be_left_alone and (resting or not server.rests)
+
+        servers = [server for server in self._servers if server is self._main or may_be_asked(server)]
         return sorted(servers, key=lambda server: (server.distrusted, server.rests))
 
 

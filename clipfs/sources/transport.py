@@ -10,7 +10,6 @@ until that place fails, which saves a round trip a range.
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -41,7 +40,7 @@ from clipfs.sources.retry import Deadlines, Transient
 if TYPE_CHECKING:
     import httpx2
 
-    from clipfs.sources.wire import Connections
+    from clipfs.sources.wire import Connections, Trust
 
 # Closing sends at most a TLS goodbye; it also has to happen when the reader was cancelled.
 _CLOSE_SECONDS = 1.0
@@ -74,7 +73,7 @@ class Transport:
         self._server = "registry-1.docker.io" if host == "docker.io" else host
         self._connections: Connections | None = None
         self._given_up: list[Connections] = []
-        self._certificates: ssl.SSLContext | None = None
+        self._trust: Trust | None = None
         self._surroundings: Surroundings | None = None
         self._origin: httpx2.URL | None = None
         self._starting = trio.Lock()
@@ -296,8 +295,8 @@ class Transport:
 
         from clipfs.sources.wire import Connections, trusted_certificates
 
-        if self._certificates is None:
-            self._certificates = trusted_certificates(self._insecure, self._ca)
+        if self._trust is None:
+            self._trust = trusted_certificates(self._insecure, self._ca)
         if self._surroundings is None:
             try:
                 own = httpx2.URL(f"https://{self._server}")
@@ -306,7 +305,7 @@ class Transport:
             if not has_host(own):
                 raise SourceError(f"{self._host} is neither the name of a host nor an address of one")
             self._surroundings = Surroundings(own.host)
-        return Connections(self._certificates, self._surroundings, self._deadlines)
+        return Connections(self._trust, self._surroundings, self._deadlines)
 
     async def _find_origin(self, client: httpx2.AsyncClient) -> httpx2.URL:
         """Docker's rule: TLS comes first, and only where nobody can listen may plain HTTP take its place."""

@@ -11,6 +11,7 @@ import ssl
 from collections.abc import Iterable
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
+from typing import NamedTuple
 
 import httpcore2
 import httpx2
@@ -37,10 +38,10 @@ _HEADERS = {"Accept-Encoding": "identity", "User-Agent": "clipfs"}
 class Connections:
     """An HTTP client. `users` counts the requests under way."""
 
-    def __init__(self, context: ssl.SSLContext, surroundings: Surroundings, deadlines: Deadlines) -> None:
+    def __init__(self, trust: Trust, surroundings: Surroundings, deadlines: Deadlines) -> None:
         self.users = 0
         self.client = httpx2.AsyncClient(
-            transport=_Routes(context, surroundings),
+            transport=_Routes(trust, surroundings),
             follow_redirects=False,
             trust_env=False,
             timeout=httpx2.Timeout(deadlines.silence, connect=deadlines.connect, pool=None),
@@ -54,10 +55,22 @@ class Connections:
         await self.client.aclose()
 
 
-def trusted_certificates(insecure: bool, ca: Path | None) -> ssl.SSLContext:
+class Trust(NamedTuple):
+    """Which certificates are believed of the registry, and of a proxy on the way there: that is another's machine."""
+
+    registry: ssl.SSLContext
+    proxy: ssl.SSLContext
+
+
+def trusted_certificates(insecure: bool, ca: Path | None) -> Trust:
     """Blocks: reads the system's certificates."""
     watch_client_logs()
-    context = httpx2.create_ssl_context(verify=not insecure)
+    strict = _context(True, ca)
+    return Trust(_context(False, ca) if insecure else strict, strict)
+
+
+def _context(verify: bool, ca: Path | None) -> ssl.SSLContext:
+    context = httpx2.create_ssl_context(verify=verify)
     if ca is not None:
         try:
             context.load_verify_locations(ca)
@@ -69,9 +82,9 @@ def trusted_certificates(insecure: bool, ca: Path | None) -> ssl.SSLContext:
 class _Routes(httpx2.AsyncBaseTransport):
     """Directly, or through the proxy that the environment names."""
 
-    def __init__(self, context: ssl.SSLContext, surroundings: Surroundings) -> None:
-        self._context, self._surroundings = context, surroundings
-        self._direct = _Guarded(context, surroundings)
+    def __init__(self, trust: Trust, surroundings: Surroundings) -> None:
+        self._trust, self._surroundings = trust, surroundings
+        self._direct = _Guarded(trust.registry, surroundings)
         self._proxies: dict[str, httpx2.AsyncHTTPTransport] = {}
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
@@ -89,9 +102,10 @@ class _Routes(httpx2.AsyncBaseTransport):
                 if not has_host(httpx2.URL(proxy)):
                     raise httpx2.InvalidURL(proxy)
                 url = httpx2.URL(proxy)
-                # The proxy's own certificate is judged as the others are.
-                way = httpx2.Proxy(url, ssl_context=self._context if url.scheme == "https" else None)
-                self._proxies[proxy] = httpx2.AsyncHTTPTransport(verify=self._context, limits=_LIMITS, proxy=way)
+                way = httpx2.Proxy(url, ssl_context=self._trust.proxy if url.scheme == "https" else None)
+                self._proxies[proxy] = httpx2.AsyncHTTPTransport(
+                    verify=self._trust.registry, limits=_LIMITS, proxy=way
+                )
             except (httpx2.InvalidURL, ValueError):
                 raise UsageError(f"the environment names a proxy of no use: {without_login(proxy)}") from None
         return self._proxies[proxy]
