@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from multiprocessing.synchronize import Event
@@ -295,6 +296,14 @@ class TestLimit:
         cache.trim(3 << 20)
         left = {stored.digest for stored in cache.stored()}
         assert left == {digests[7].hex(), digests[0].hex()}
+
+    def test_what_was_used_before_the_clock_was_set_back_goes_first(self, tmp_path: Path) -> None:
+        cache = DiskCache(tmp_path, 10 << 20, compress=False)
+        old, new = keep(cache, 0, 1 << 20)[0], keep(cache, 1, 1 << 20)[0]
+        ahead = time.time() + 1e6
+        os.utime(cache.files.name(old), (ahead, ahead))
+        cache.trim(3 << 19)
+        assert [stored.digest for stored in cache.stored()] == [new.hex()]
 
     def test_files_of_another_version_are_nobodys_and_go_first(self, tmp_path: Path) -> None:
         """Earlier ones had no version in their names."""

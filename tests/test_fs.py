@@ -227,6 +227,33 @@ async def test_the_listings_kept_are_those_used_last(fs: ClipFS, index: Index, m
     assert fs._listings[sub] is kept
 
 
+async def test_a_large_directory_is_kept_while_it_is_read_and_made_bit_by_bit(
+    fs: ClipFS, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image may have millions in one: attributes of all take gigabytes, and each listing anew the loop's time."""
+    monkeypatch.setattr(fs_module, "_LISTED", 100)
+    monkeypatch.setattr(fs_module, "_LARGE", 500)
+    sub, many = index.resolve("sub"), index.resolve("many")
+    made, room = [], 3
+
+    def reply(token: Any, name: bytes, attributes: pyfuse3.EntryAttributes, next_id: int) -> bool:
+        made.append(attributes.st_ino)
+        return len(made) < room
+
+    monkeypatch.setattr(pyfuse3, "readdir_reply", reply)
+    await fs.opendir(many, NOBODY)
+    await fs.readdir(many, 0, cast("Any", None))
+    assert made == [many, index.root, index.lookup(many, b"00000")]
+    kept = fs._listings[many]
+    await fs.opendir(sub, NOBODY)
+    await fs.readdir(sub, 0, cast("Any", None))
+    await fs.releasedir(sub)
+    assert fs._listings == {many: kept}
+    await fs.releasedir(many)
+    assert not fs._listings
+    assert (fs._listed, fs._listing) == (0, {})
+
+
 @pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC])
 async def test_opening_for_writing_is_refused(fs: ClipFS, flags: int) -> None:
     with pytest.raises(FUSEError) as caught:

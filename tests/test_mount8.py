@@ -245,3 +245,12 @@ def test_the_process_outlives_the_session_that_started_it(place: Path) -> None:
         """,
     )
     assert (done.stdout, done.stderr) == ("hello\n", "")
+
+
+def test_a_directory_that_is_mounted_when_somebody_looks(place: Path, runtime: Path) -> None:
+    """``x-systemd.automount``: until it is mounted, the kernel lets nobody in but systemd's process group."""
+    done = in_namespace(place, '"$2" -m tests.automount "$1/small.clip" "$1/mnt"; echo $?; umount mnt; umount mnt')
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == "0"
+    assert "hello" in done.stdout.splitlines()
+    assert (settled(), files(runtime)) == ([], [])

@@ -320,6 +320,20 @@ class TestOciArchive:
                 await source.image()
 
 
+@pytest.mark.parametrize("form", ["oci-archive", "docker-archive"])
+async def test_an_archive_that_is_written_anew(form: str, layout: Path, tmp_path: Path) -> None:
+    """By tools that put something else first: what it has is found again when bytes turn out to be wrong."""
+    path = tmp_path / "image.tar"
+    run("skopeo", "copy", "--insecure-policy", f"oci:{layout}:v1", f"{form}:{path}:example.com/app:v1")
+    async with open_source(f"{form}:{path}") as source:
+        [layer, *_] = (await source.image()).manifest.layers
+        right = await source.read_range(layer, 0, layer.size)
+        await trio.Path(path).write_bytes(tars.header(b"first", size=5000) + bytes(5120) + path.read_bytes())
+        assert await source.read_range(layer, 0, layer.size) != right
+        source.distrust(layer, 0)
+        assert await source.read_range(layer, 0, layer.size) == right
+
+
 class TestDockerArchive:
     @pytest.fixture
     def archive(self, layout: Path, tmp_path: Path) -> Path:

@@ -278,6 +278,63 @@ def test_a_supervisor_that_dies_leaves_a_worker_that_goes_on(large: Path, conten
     assert mountinfo.top_at(str(mountpoint)) is None
 
 
+def test_a_lone_worker_that_is_ended_leaves_what_gc_has_to_know(large: Path, mountpoint: Path) -> None:
+    """It may not unmount. Without its record the mount would be nobody's."""
+    mounted = clipfs.mount(large, mountpoint, FRESH)
+    worker = worker_of(mounted)
+    os.kill(mounted.pid, signal.SIGKILL)
+    assert ended(mounted.pid)
+    os.kill(worker.pid, signal.SIGTERM)
+    assert ended(worker.pid)
+    assert [record.mountpoint for record in clipfs.gc()] == [str(mountpoint)]
+    assert mountinfo.top_at(str(mountpoint)) is None
+    assert state.records() == []
+
+
+def test_a_connection_that_is_cut_off_leaves_no_mount(large: Path, mountpoint: Path, view: str) -> None:
+    """`umount -f` does so before it finds that somebody uses the mount."""
+    if view == "kernel":
+        return  # the kernel cuts off FUSE only, which is not what is mounted there
+    mounted = clipfs.mount(large, mountpoint, FRESH)
+    with (mountpoint / "large").open("rb"):
+        assert "busy" in run("umount", "-f", mountpoint).stderr
+        assert ended(mounted.pid)
+    assert mountinfo.top_at(str(mountpoint)) is None
+    assert state.records() == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_makes_each_worker_stand_still_is_an_error_in_the_end(
+    large: Path, content: bytes, mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ill = tmp_path / "ill"
+    patch_workers(
+        monkeypatch,
+        f"""
+import os, time
+from clipfs.mounting.fs import ClipFS
+original = ClipFS.read
+async def read(*args):
+    if os.path.exists({str(ill)!r}):
+        time.sleep({SECONDS})
+    return await original(*args)
+ClipFS.read = read
+""",
+    )
+    with clipfs.mount(large, mountpoint, FRESH):
+        ill.touch()
+        with pytest.raises(OSError, match="Input/output error"):
+            (mountpoint / "large").read_bytes()
+        ill.unlink()
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                assert (mountpoint / "large").read_bytes() == content
+                break
+            drop_caches()
+        assert (mountpoint / "large").read_bytes() == content
+
+
 class Group(NamedTuple):
     """A control group, and its files for the limit of memory and for what came of that (v2, or v1)."""
 
@@ -415,6 +472,53 @@ def test_a_new_worker_that_cannot_start_changes_nothing(
         assert (mountpoint / "large").read_bytes() == content
 
 
+def test_a_kernel_that_cannot_repeat_has_no_upgrades(
+    large: Path, content: bytes, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the old worker takes while it leaves would be lost, and who waits for it could not even be killed."""
+    monkeypatch.setattr(connection, "_HAS_RESEND", 0)
+    with clipfs.mount(large, mountpoint, FRESH) as mounted:
+        before = worker_of(mounted)
+        with pytest.raises(MountError, match="this kernel cannot repeat what it was asked"):
+            mounted.upgrade()
+        assert worker_of(mounted) == before
+        assert (mountpoint / "large").read_bytes() == content
+
+
+def test_a_new_worker_that_dies_when_the_old_one_has_been_asked_to_leave(
+    large: Path, content: bytes, mountpoint: Path, held: Held, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old one is in the middle of a read that takes long, and takes no other."""
+    ill = tmp_path / "ill"
+    dying = f"""
+from clipfs.mounting.control import Channel
+say = Channel.say
+def told(self, what, **more):
+    say(self, what, **more)
+    if what == "waiting" and os.path.exists({str(ill)!r}):
+        os._exit(3)
+Channel.say = told
+"""
+    patch_workers(monkeypatch, held.patch + dying)
+    with clipfs.mount(large, mountpoint, FRESH) as mounted, ThreadPoolExecutor(1) as pool:
+        before = worker_of(mounted)
+        held.held.touch()
+        reader = pool.submit((mountpoint / "large").read_bytes)
+        with open(held.asked, "rb", buffering=0) as asked:
+            assert asked.read(1) == b"x"
+            held.held.unlink()
+        os.kill(before.pid, signal.SIGSTOP)
+        ill.touch()
+        try:
+            with pytest.raises(MountError, match="has ended with exit code 3"):
+                mounted.upgrade()
+        finally:
+            ill.unlink()
+            os.kill(before.pid, signal.SIGCONT)
+        assert reader.result(SECONDS) == content
+        assert worker_of(mounted) != before
+
+
 # --- what may happen to a mount meanwhile
 
 
@@ -449,6 +553,26 @@ def test_what_a_later_worker_was_given_is_gone(large: Path, content: bytes, moun
     said = log.read_text()
     assert f"there is no trace to go by: cannot read the trace {trace}" in said
     assert f"there is no cache on disk: {cache} must be a directory" in said
+
+
+def test_a_packed_source_that_is_gone_is_an_error_of_reads(
+    large: Path, content: bytes, mountpoint: Path, tmp_path: Path
+) -> None:
+    """The worker that has it open goes on. A later one serves all the rest, and everything when it is back."""
+    packed, moved = tmp_path / "packed.clip", tmp_path / "moved.clip"
+    clipfs.pack(str(large), packed)
+    with clipfs.mount(packed, mountpoint, replace(FRESH, source=str(packed))) as mounted:
+        packed.rename(moved)
+        drop_caches()
+        assert (mountpoint / "large").read_bytes() == content
+        mounted.upgrade()
+        drop_caches()
+        with pytest.raises(OSError, match="Input/output error"):
+            (mountpoint / "large").read_bytes()
+        assert len(os.listdir(mountpoint / "small")) == 200
+        moved.rename(packed)
+        mounted.upgrade()
+        assert (mountpoint / "large").read_bytes() == content
 
 
 def test_a_packed_clip_that_is_truncated_is_an_error(

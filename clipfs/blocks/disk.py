@@ -38,6 +38,9 @@ _LOW = 0.95
 # A part whose writer is gone is removed after this many seconds; it is of no use to anybody, but cheap.
 _STALE = 3600
 
+#: A file that each cache has, as soon as it has any.
+LOCKS = "locks"
+
 _HEX = "[0-9a-f]"
 _NAMES, _PART = f"{_HEX * 2}/{_HEX * 62}", ".part"
 
@@ -102,7 +105,7 @@ class DiskCache:
             room = os.statvfs(directory)
             self.limit = int(room.f_blocks * room.f_frsize * _SHARE) if limit is None else limit
         self.files = OpenFiles(directory, self.limit)
-        self.locks = SpanLocks(directory / "locks")
+        self.locks = SpanLocks(directory / LOCKS)
         self._counting = threading.Lock()
         self._counted = 0  # bytes that this process may write before it counts again
 
@@ -241,7 +244,9 @@ class DiskCache:
     def _evict(self, target: int, *, least: int = 0) -> int:
         """Remove the least recently used, `least` bytes or more, until `target` bytes are left. Returns what is left,
         counted anew."""
-        stored = sorted(self.stored(), key=lambda each: each.used)
+        now = time.time()
+        # What was used in the future was so before the clock was set back.
+        stored = sorted(self.stored(), key=lambda each: each.used if each.used <= now else 0.0)
         left = sum(each.size for each in stored)
         target = min(target, left - least)
         for each in stored:
@@ -311,4 +316,4 @@ def _on_disk(size: int) -> int:
     return -(-size // _PAGE) * _PAGE
 
 
-__all__ = ["Claim", "DiskCache", "Stored", "WouldWaitError"]
+__all__ = ["LOCKS", "Claim", "DiskCache", "Stored", "WouldWaitError"]

@@ -37,7 +37,8 @@ class Child:
         command, environment = program(PROGRAM, theirs.fileno())
         try:
             with theirs:
-                # A process group of its own: what is typed at a terminal is for the supervisor.
+                # A session of its own: what is typed at a terminal is for the supervisor, and a terminal's end is no
+                # affair of this one's.
                 self._process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
@@ -45,7 +46,7 @@ class Child:
                     pass_fds=[theirs.fileno()],
                     env={**_ENVIRONMENT, **environment},
                     cwd="/",
-                    process_group=0,
+                    start_new_session=True,
                     # Nothing of ours runs in the new process but this one call.
                     preexec_fn=None if origin is None else lambda: kernel.enter_mount_namespace(origin),
                 )
@@ -62,6 +63,8 @@ class Child:
         self.waiting = False
         #: Has it closed its end of the channel? Then it is about to end.
         self.mute = False
+        #: Was it killed because it did not answer?
+        self.stood_still = False
         #: What it has died of, as far as it could tell.
         self.last_words = ""
 

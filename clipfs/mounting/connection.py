@@ -33,6 +33,8 @@ _RESEND = _OUT.pack(_OUT.size, 7, 0)
 # struct fuse_init_in and fuse_init_out both begin so; a flag that pyfuse3 knows no name for.
 _INIT_HEAD = struct.Struct("<IIII")
 _CACHE_SYMLINKS = 1 << 23
+# What struct fuse_init_in goes on with if the flags say so: the flags from bit 32 on.
+_INIT_MORE, _MORE_FLAGS, _HAS_RESEND = struct.Struct("<IIIII"), 1 << 30, 1 << 39 - 32
 
 # The kernel refuses smaller buffers than it may have requests (1 MiB and a page; ours are never that large).
 _LARGEST = (1 << 20) + 4096
@@ -41,6 +43,13 @@ _LARGEST = (1 << 20) + 4096
 _FUSERMOUNT_SECONDS = 20
 
 SUBTYPE = "clipfs"
+
+
+def is_alive(descriptor: int) -> bool:
+    """Has this ``/dev/fuse`` still a file system? Not after it was unmounted and let go of by its last user."""
+    poller = select.poll()
+    poller.register(descriptor, 0)
+    return not any(events & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, events in poller.poll(0))
 
 
 class Connection:
@@ -60,10 +69,8 @@ class Connection:
 
     @property
     def alive(self) -> bool:
-        """Has it still a file system in the kernel? Not after it was unmounted and let go of by its last user."""
-        poller = select.poll()
-        poller.register(self.descriptor, 0)
-        return not any(events & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, events in poller.poll(0))
+        """See `is_alive`."""
+        return is_alive(self.descriptor)
 
     def introduction(self, deadline: float) -> bytes:
         """The kernel's FUSE_INIT, as every worker is to see it. It is there as soon as the mount is."""
@@ -74,6 +81,14 @@ class Connection:
                 raise MountError("the kernel has not introduced itself to the file system (FUSE_INIT)")
             self._init = message
         return self._init
+
+    @property
+    def can_repeat(self) -> bool:
+        """Does the kernel say that it knows how to `resend`? Known as soon as it has introduced itself."""
+        if len(self._init) < _IN.size + _INIT_MORE.size:
+            return False
+        *_, flags, more = _INIT_MORE.unpack_from(self._init, _IN.size)
+        return bool(flags & _MORE_FLAGS and more & _HAS_RESEND)
 
     def resend(self) -> bool:
         """Have the kernel give out again what was asked and never answered. False if it is too old to know how."""

@@ -229,7 +229,6 @@ def _serve_and_exit(orders: int, answers: int, origin: int | None) -> NoReturn:
     """What the child does. It never returns into the parent's code, whatever happens."""
     code = 1
     try:
-        os.setsid()
         if os.fork() != 0:
             os._exit(0)
         # Above the standard descriptors, which are replaced; they are some of them if the parent had closed its own.
@@ -249,6 +248,9 @@ def _serve(orders: int, answers: int, origin: int | None) -> int:
     def on_ready(record: MountRecord) -> None:
         nonlocal ready
         log.info("serving %s on %s", record.clip, record.mountpoint)
+        # Not before: where systemd mounts when somebody looks (automount), the kernel lets none but its process group
+        # through to what is being mounted.
+        os.setsid()
         say("ready", {})
         os.close(answers)
         ready = True

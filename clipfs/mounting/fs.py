@@ -40,6 +40,8 @@ _REMEMBERED = 4096
 
 # Names in listings that are kept for who lists the directory again, which the kernel asks for each time: 13 MB.
 _LISTED = 1 << 15
+# Of a directory with more names than this, attributes are made for each reply, and not kept.
+_LARGE = 1 << 12
 
 # Distinct sentences about failed reads that are logged, each once, before they may repeat.
 _SENTENCES = 256
@@ -121,8 +123,10 @@ class ClipFS(pyfuse3.Operations):
         self._no_xattrs = not xattrs
         self._attributes = Attributes(index.inode)
         self._files: dict[int, tuple[int, int]] = {}
-        self._listings: dict[int, list[tuple[bytes, EntryAttributes]]] = {}
+        # In large directories the number of an inode stands for its attributes, until somebody has read as far.
+        self._listings: dict[int, list[tuple[bytes, EntryAttributes | int]]] = {}
         self._listed = 0  # names in them
+        self._listing: dict[int, int] = {}  # how often each directory is open
         self._complaints: set[str] = set()
         # A reply with inode 0 is cached as "no such name"; the errno ENOENT would be asked for again and again.
         self._absent = EntryAttributes()
@@ -193,26 +197,35 @@ class ClipFS(pyfuse3.Operations):
 
     @_answer
     def opendir(self, inode: int, ctx: RequestContext) -> int:
+        self._listing[inode] = self._listing.get(inode, 0) + 1
         return inode
 
     @_answer
     def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
         """Entry number n has offset n + 1, for good: directories do not change. The list is made at the first call."""
         listing = self._listings.get(fh) or self._list(fh)
-        reply = pyfuse3.readdir_reply
+        reply, made = pyfuse3.readdir_reply, self._attributes.made
         for at in range(start_id, len(listing)):
             name, attributes = listing[at]
+            if isinstance(attributes, int):
+                attributes = made(attributes)
             if not reply(token, name, attributes, at + 1):
                 return
 
     @_answer
     def releasedir(self, fh: int) -> None:
-        """Forget the lists that nobody has asked for lately, if there are too many. Somebody who is in the middle of
-        one has it made again."""
+        """Forget the lists that nobody has asked for lately, if there are too many, and nobody is in the middle of."""
+        # Opened for a worker before this one, maybe.
+        self._listing[fh] = self._listing.get(fh, 1) - 1
+        if not self._listing[fh]:
+            del self._listing[fh]
         if fh in self._listings:
             self._listings[fh] = self._listings.pop(fh)
-        while self._listed > _LISTED:
-            self._listed -= len(self._listings.pop(next(iter(self._listings))))
+        if self._listed > _LISTED:
+            for each in [each for each in self._listings if each not in self._listing]:
+                self._listed -= len(self._listings.pop(each))
+                if self._listed <= _LISTED:
+                    break
 
     # --- file contents
 
@@ -264,10 +277,12 @@ class ClipFS(pyfuse3.Operations):
     def _nid(self, inode: int) -> int:
         return self._index.root if inode == pyfuse3.ROOT_INODE else inode
 
-    def _list(self, inode: int) -> list[tuple[bytes, EntryAttributes]]:
+    def _list(self, inode: int) -> list[tuple[bytes, EntryAttributes | int]]:
         nid, made = self._nid(inode), self._attributes.made
         entries = [(b".", nid), (b"..", self._index.parent(nid)), *self._index.entries(nid)]
-        listing = self._listings[inode] = [(name, made(each)) for name, each in entries]
+        listing: list[tuple[bytes, EntryAttributes | int]]
+        listing = [*entries] if len(entries) > _LARGE else [(name, made(each)) for name, each in entries]
+        self._listings[inode] = listing
         self._listed += len(listing)
         return listing
 

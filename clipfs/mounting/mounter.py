@@ -231,6 +231,6 @@ def _end(record: MountRecord, *, force: bool) -> None:
             raise MountError(mountinfo.covered(record.mountpoint))
         if not kernel.readable([pidfd], _END_SECONDS):
             raise MountError(f"{record.mountpoint} is unmounted but still in use, so it goes on being served")
-        if force:
-            # A worker alone may not unmount.
-            mountinfo.detach_dead(record.mountpoint, record.device)
+        # A worker alone may not unmount, and leaves the record of what is mounted yet.
+        if force and mountinfo.detach_dead(record.mountpoint, record.device):
+            record.remove()

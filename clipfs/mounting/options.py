@@ -224,12 +224,17 @@ def readable(path: str | Path, what: str) -> Path:
 
 
 def report_path(text: str) -> Path:
-    """A file to be written later, made absolute; it must be possible."""
+    """A file to be written later, made absolute; it must be possible, and is by somebody who has no other place to say
+    that it was not."""
+    # Late, for few ask for it.
+    from clipfs.aside import check_place
+
     path = Path(text).absolute()
     if path.is_dir():
         raise UsageError(f"cannot write a report to {path}: it is a directory")
     if not path.parent.is_dir():
         raise UsageError(f"cannot write a report to {path}: there is no directory {path.parent}")
+    check_place(path)
     return path
 
 

@@ -34,7 +34,7 @@ from clipfs.mounting.control import Channel, Job
 from clipfs.mounting.dataspace import DataSpace
 from clipfs.mounting.fs import ClipFS
 from clipfs.mounting.options import MountOptions
-from clipfs.sources.fetcher import SourceOptions
+from clipfs.sources.fetcher import Fetcher, NoFetcher, SourceOptions
 from clipfs.sources.packed import fetcher_for
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class _Session:
     def __init__(self, job: Job, channel: Channel, index: Index) -> None:
         self._job, self._channel, self._index = job, channel, index
         self._begin = trio.Event()
-        self._supervised = True
+        self._supervised, self._left = True, False
 
     async def serve(self) -> None:
         job, index, options = self._job, self._index, self._job.options
@@ -71,7 +71,7 @@ class _Session:
             ca=options.ca,
             timeout=options.timeout,
         )
-        fetcher = fetcher_for(index, access)
+        fetcher = _fetcher(index, access, founding=job.founding)
         reader = BlockReader(
             index,
             fetcher,
@@ -122,7 +122,8 @@ class _Session:
             finally:
                 pyfuse3.close(unmount=False)
                 _save_trace(index, reader)
-                if not self._supervised:
+                # Of a mount that goes on without us, or is there yet, `gc` has to know.
+                if not (self._supervised or self._left or connection.is_alive(job.fuse)):
                     state.remove_files(job.process)
 
     async def _listen(self, scope: trio.CancelScope) -> None:
@@ -154,7 +155,19 @@ class _Session:
         # A task that had been told of a request, and has not taken it, does so now, and it is lost; see `Supervisor`.
         for _ in range(2):
             await trio.lowlevel.checkpoint()
+        self._left = True
         self._channel.say("left")
+
+
+def _fetcher(index: Index, access: SourceOptions, *, founding: bool) -> Fetcher:
+    """Of a later worker, what has become of the source is the affair of those who read from it."""
+    try:
+        return fetcher_for(index, access)
+    except ClipfsError as error:
+        if founding:
+            raise
+        log.error("%s", error)
+        return NoFetcher(error)
 
 
 def _disk_cache(options: MountOptions, *, founding: bool) -> DiskCache | None:
@@ -190,7 +203,10 @@ def _save_trace(index: Index, reader: BlockReader) -> None:
     """Keep what this run needed for the next one, after what earlier runs did."""
     try:
         path = _trace_path(index)
-        known = trace.load(path, index.layers) if path.exists() else []
+        try:
+            known = trace.load(path, index.layers) if path.exists() else []
+        except ClipfsError:
+            known = []  # of another version, or what a machine that lost power has left of it
         if reader.wanted.keys() - set(known):
             trace.save(path, dict.fromkeys([*known, *reader.wanted]))
     except (ClipfsError, OSError) as error:

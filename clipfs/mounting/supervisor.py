@@ -137,10 +137,13 @@ class Supervisor:
                     self._introduce(child)
                 elif self._worker is not None:
                     self._worker.channel.say("leave")
-            case "left" if child is self._worker and self._next is not None:
+            case "left" if child is self._worker:
                 self._leaving.append(child)
                 self._worker, self._next = self._next, None
-                self._introduce(self._worker)
+                if self._worker is None:  # it has died since the old one was asked to leave
+                    self._times.restart = time.monotonic()
+                else:
+                    self._introduce(self._worker)
                 # libfuse throws away a request that it reads when it is told to end. What the old one is at is asked
                 # twice, to no harm: the kernel takes the one answer that it waits for.
                 self._connection.resend()
@@ -174,6 +177,7 @@ class Supervisor:
                 silent = now - self._worker.heard
                 if silent > STALL_SECONDS:
                     log.error("process %d has not answered for %.0f s", self._worker.process.pid, STALL_SECONDS)
+                    self._worker.stood_still = True
                     self._worker.kill()
                 elif silent > 1.5 * PING_SECONDS:
                     self._worker.nudge()
@@ -191,6 +195,10 @@ class Supervisor:
         if self._worker is None:
             self._young_deaths = 0
             self._times.restart = time.monotonic()
+            return
+        # What the old one takes and does not answer would be lost, and who waits for it with that (see `_hear`).
+        if not self._connection.can_repeat:
+            answer(self._record.process, "this kernel cannot repeat what it was asked, as Linux 6.9 can")
             return
         try:
             self._next = self._begin(self._connection, self._view)
@@ -232,7 +240,8 @@ class Supervisor:
             if self._worker.waiting:
                 self._introduce(self._worker)
             return True
-        self._died(young=time.monotonic() - child.served_since < YOUNG_SECONDS)
+        # What makes one stand still is asked of the next one, too.
+        self._died(young=child.stood_still or time.monotonic() - child.served_since < YOUNG_SECONDS)
         return True
 
     def _died(self, *, young: bool) -> None:
@@ -261,7 +270,9 @@ class Supervisor:
         # Nobody can wait for our answers any more, so that unmounting cannot hang.
         alive = self._connection.alive
         self._connection.close()
-        if alive and not mountinfo.detach_dead(self._record.mountpoint, self._record.device):
+        # A FUSE mount whose connection was cut off (`umount -f`) is there yet, too. An EROFS with its number might be
+        # another's by now.
+        if (alive or self._view == "fuse") and not mountinfo.detach_dead(self._record.mountpoint, self._record.device):
             log.warning("%s", mountinfo.covered(self._record.mountpoint))
         answer(self._record.process, "it was unmounted")
 

@@ -76,6 +76,10 @@ class Archive:
     def __contains__(self, name: str) -> bool:
         return _clean(name) in self._members
 
+    def forget(self) -> None:
+        """Look anew where everything is: the file may be another one by now."""
+        self.__dict__.pop("_members", None)
+
     @cached_property
     def _members(self) -> dict[str, LocalBlob | str]:
         """Files by cleaned name, and links as the cleaned name of what they mean."""
@@ -102,6 +106,11 @@ class OciArchiveSource(LocalSource):
                 f"blob {blob.digest} has {place.size} bytes in {place.path}; its descriptor says {blob.size}"
             )
         return place
+
+    def distrust(self, blob: Descriptor, at: int | None = None) -> None:
+        """See `Source.distrust`: it may lie elsewhere in a file that was written anew."""
+        del blob, at
+        self._archive.forget()
 
     async def _named(self, platform: Platform) -> Document:
         raw = await trio.to_thread.run_sync(self._archive.read, "index.json", MAX_MANIFEST)

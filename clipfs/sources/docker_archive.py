@@ -51,13 +51,20 @@ class DockerArchiveSource(LocalSource):
 
     def local(self, blob: Descriptor) -> LocalBlob:
         """See `LocalSource.local`."""
-        if self._contents is None:
+        contents = self._contents
+        if contents is None:
             # Two threads may both get here; they find the same.
-            self._contents = _read(self._archive, self._tag)
-        place = self._contents.blobs.get(blob.digest)
+            contents = self._contents = _read(self._archive, self._tag)
+        place = contents.blobs.get(blob.digest)
         if place is None or place.size != blob.size:
             raise SourceError(f"{self._archive.path} has no blob {blob.digest} of {blob.size} bytes; did it change?")
         return place
+
+    def distrust(self, blob: Descriptor, at: int | None = None) -> None:
+        """See `Source.distrust`: it may lie elsewhere in a file that was written anew."""
+        del blob, at
+        self._archive.forget()
+        self._contents = None
 
     async def _named(self, platform: Platform) -> Document:
         del platform  # such an archive has no indexes

@@ -13,7 +13,7 @@ from typing import Self
 
 import trio
 
-from clipfs.errors import SourceError, UsageError
+from clipfs.errors import ClipfsError, SourceError, UsageError
 from clipfs.oci import Manifest
 from clipfs.sources import open_source
 from clipfs.sources.base import Sink, Source
@@ -105,3 +105,21 @@ class LayerFetcher(Fetcher):
         """See `Fetcher.aclose`."""
         if self._source is not None:
             await self._source.aclose()
+
+
+class NoFetcher(Fetcher):
+    """Of a source that is not there, or not any more: SourceError for each range. What is in a cache needs none."""
+
+    def __init__(self, why: ClipfsError) -> None:
+        self._why = why
+
+    async def fetch_into(self, layer: int, start: int, end: int, sink: Sink) -> None:
+        """See `Fetcher.fetch_into`."""
+        del layer, start, end, sink
+        raise SourceError(str(self._why))
+
+    def distrust(self, layer: int, at: int | None = None) -> None:
+        """See `Fetcher.distrust`."""
+
+    async def aclose(self) -> None:
+        """See `Fetcher.aclose`."""

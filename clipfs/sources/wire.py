@@ -103,9 +103,7 @@ class _Routes(httpx2.AsyncBaseTransport):
                     raise httpx2.InvalidURL(proxy)
                 url = httpx2.URL(proxy)
                 way = httpx2.Proxy(url, ssl_context=self._trust.proxy if url.scheme == "https" else None)
-                self._proxies[proxy] = httpx2.AsyncHTTPTransport(
-                    verify=self._trust.registry, limits=_LIMITS, proxy=way
-                )
+                self._proxies[proxy] = httpx2.AsyncHTTPTransport(verify=self._trust.registry, limits=_LIMITS, proxy=way)
             except (httpx2.InvalidURL, ValueError):
                 raise UsageError(f"the environment names a proxy of no use: {without_login(proxy)}") from None
         return self._proxies[proxy]
