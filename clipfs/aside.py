@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,15 @@ def check_place(out: Path) -> None:
 
 
 def _check_kind(out: Path) -> None:
-    if out.exists() and not out.is_file():
+    try:
+        there = os.stat(out)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ClipfsError(f"cannot write {out}: {error.strerror}") from error
+    if stat.S_ISDIR(there.st_mode):
+        raise UsageError(f"cannot write {out}: it is a directory")
+    if not stat.S_ISREG(there.st_mode):
         raise UsageError(f"cannot write {out}: it is there and is no regular file")
 
 
@@ -34,7 +43,8 @@ def written_aside(out: Path) -> Iterator[Path]:
     """
     _check_kind(out)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
+        # Not of the whole name, which may be as long as one can be.
+        handle, name = tempfile.mkstemp(prefix=f".{out.name[:32]}.", dir=out.parent)
     except OSError as error:
         raise ClipfsError(f"cannot write {out}: {error.strerror}") from error
     os.close(handle)

@@ -74,6 +74,18 @@ def to_stream(stream: TextIO, level: int, *, form: str = "text") -> None:
     logging.basicConfig(level=level, handlers=[_handler(stream, level, lines)], force=True)
 
 
+def open_closed_streams() -> None:
+    """If started with ``<&-`` or the like: or the next file that is opened would be taken for that stream."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+            if number:
+                stream = open(number, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
+                setattr(sys, ("stdout", "stderr")[number - 1], stream)
+
+
 def print_any_name() -> None:
     """From now on: names are bytes, and not all are of the characters that the terminal has."""
     if isinstance(sys.stdout, io.TextIOWrapper):

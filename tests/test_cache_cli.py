@@ -114,6 +114,19 @@ class TestGc:
         assert part.exists() is not gone
 
 
+@pytest.mark.parametrize("what", ["ls", "gc", "prune", "verify"])
+def test_a_directory_of_something_else(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It may have files that are called as ours are; a git repository has."""
+    own = {tmp_path / "total": b"12345678 and more", tmp_path / "ab" / ("0" * 62): b"mine"}
+    for path, data in own.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+    assert main(["cache", what, "--cache-dir", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert said == f"clipfs: {tmp_path} is no cache: nothing in it is from a mount with --cache-dir\n"
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == own
+
+
 class TestPrune:
     def test_everything_goes(self, cache: DiskCache, kept: list[bytes], capsys: pytest.CaptureFixture[str]) -> None:
         part_of(cache, kept[0]).write_bytes(b"half")

@@ -52,6 +52,20 @@ class TestHelp:
         text = capsys.readouterr().out
         assert [command for command in COMMANDS if f"\n    {command} " not in text] == []
 
+    @pytest.mark.parametrize("words", [["--help"], ["--version"], ["run", "--help"]])
+    def test_nobody_who_reads_it(self, words: list[str]) -> None:
+        """Python would say so in three lines, and end with 120."""
+        command = ["sh", "-c", 'exec "$@" >/dev/full', "sh", *clipfs_command(*words)]
+        done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
+        code = 125 if "run" in words else 74
+        assert (done.returncode, done.stderr) == (code, b"clipfs: No space left on device\n")
+        with subprocess.Popen(clipfs_command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.close()
+            assert process.wait(SECONDS) == 141
+            assert process.stderr.read() == b""
+
     @pytest.mark.parametrize("words", [["--bogus"], [], ["nonesuch"], ["ls"], ["index", "a", "b"], ["run", "--bogus"]])
     def test_a_wrong_call_is_one_sentence(self, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert main(words) == (125 if words[:1] == ["run"] else 2)
@@ -99,7 +113,7 @@ class TestIndex:
             ("docker://no such name", "x.clip", 2, "'no such name' is no image name"),
             ("IMAGE", "/nonesuch/x.clip", 74, "cannot write /nonesuch/x.clip: No such file or directory"),
             ("IMAGE", "/dev/full", 2, "/dev/full"),
-            ("IMAGE", ".", 2, "no regular file"),
+            ("IMAGE", ".", 2, "it is a directory"),
         ],
     )
     def test_failures(
@@ -254,6 +268,43 @@ def test_a_name_that_the_terminal_cannot_show(clip: Path, tmp_path: Path, encodi
 def test_an_error_that_nobody_is_told_has_its_exit_code(words: list[str], code: int, stream: str) -> None:
     command = ["sh", "-c", f'exec "$@" 2{stream}', "sh", *clipfs_command(*words)]
     assert subprocess.run(command, timeout=SECONDS, check=False).returncode == code
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIG_DFL, signal.SIG_IGN])
+def test_who_is_asked_to_end_leaves_no_file_half_written(
+    number: signal.Signals, how: signal.Handlers, image: str, tmp_path: Path
+) -> None:
+    code = """if True:
+        import sys
+        from clipfs.building import builder
+        from clipfs.cli.main import main
+        def write(file, **parts):
+            print("writing", flush=True)
+            sys.stdin.readline()
+        builder.write = write
+        sys.exit(main(sys.argv[1:]))
+    """
+    before = signal.signal(number, how)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "index", image, "-o", tmp_path / "x.clip"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    finally:
+        signal.signal(number, before)
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        assert len(list(tmp_path.iterdir())) == 1, "the file that is to become x.clip"
+        process.send_signal(number)
+        _, said = process.communicate("go on\n", SECONDS)
+    if how == signal.SIG_IGN:
+        assert said == ""
+    else:
+        assert (process.returncode, said) == (128 + number, "clipfs: interrupted\n")
+    # What was in the middle of being written may have become whole.
+    assert {path.name for path in tmp_path.iterdir()} <= {"x.clip"}
 
 
 class TestData:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,9 +19,10 @@ from clipfs import MountOptions
 from clipfs.cli.main import main
 from clipfs.errors import printable
 from clipfs.reports.report import parse
+from clipfs.state import Process
 from tests.conftest import require_root
 from tests.images import LayoutBuilder
-from tests.mounts import BIG, SECONDS, kill, record_of, run
+from tests.mounts import BIG, SECONDS, ended, kill, record_of, run
 from tests.tars import Tar
 from tests.test_page import made
 
@@ -152,6 +155,43 @@ class TestReport:
         said = capsys.readouterr().err
         assert said.startswith(f"clipfs: cannot write a report to {tmp_path / place}")
         assert said.count("\n") == 1
+
+    @pytest.mark.parametrize("place", ["/dev/full", "/proc/report", "/sys/report"])
+    def test_a_place_that_nobody_can_write_to(
+        self, place: str, clip: Path, mountpoint: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Said now: when it is to be written, there may be nobody left to be told."""
+        assert main(["mount", "--report", place, str(clip), str(mountpoint)]) != 0
+        said = capsys.readouterr().err
+        assert said.startswith(f"clipfs: cannot write {place}: ")
+        assert said.count("\n") == 1
+
+    def test_a_dead_mount_whose_number_came_back_is_not_meant(
+        self, clip: Path, mountpoint: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        require_root()
+        with clipfs.mount(clip, mountpoint) as mounted:
+            record = record_of(mounted)
+            dead = replace(record, process=Process(1, 7), worker=None, clip="/dead.clip")
+            dead.save()
+            try:
+                assert explained(capsys, mountpoint)["mount"]["clip"] == str(clip)
+            finally:
+                dead.remove()
+
+    def test_whoever_serves_it_is_named(self, clip: Path, mountpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Not its supervisor, when that has died."""
+        require_root()
+        mounted = clipfs.mount(clip, mountpoint)
+        record = record_of(mounted)
+        os.kill(mounted.pid, signal.SIGKILL)
+        assert ended(mounted.pid)
+        try:
+            assert record.worker is not None
+            assert explained(capsys, mountpoint)["mount"]["pid"] == record.worker.pid
+        finally:
+            clipfs.unmount(mountpoint)
+            assert record.worker is None or ended(record.worker.pid)
 
 
 class TestFailures:

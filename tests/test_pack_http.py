@@ -118,6 +118,43 @@ class TestNginx:
         finally:
             clipfs.unmount(tmp_path / "mnt")
 
+    def test_how_to_reach_it_may_be_an_option_of_the_mount(self, nginx: Nginx, runtime: Path, tmp_path: Path) -> None:
+        (tmp_path / "mnt").mkdir()
+        words = ["mount", f"{nginx.url}/x.clip", str(tmp_path / "mnt"), "-o", f"ca={nginx.ca},cache-size=0"]
+        assert main(words) == 0
+        try:
+            assert (tmp_path / "mnt/big").read_bytes() == BIG
+        finally:
+            clipfs.unmount(tmp_path / "mnt")
+
+    def test_for_another_platform(
+        self, nginx: Nginx, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        url = f"{nginx.url}/x.clip"
+        asked = ["--ca", str(nginx.ca), "--platform", "linux/s390x", url]
+        for words in (["index", *asked], ["ls", *asked], ["index", *asked[:2], "--span-size", "64K", url]):
+            assert main(words) == 2
+            said = capsys.readouterr().err
+            assert f"clipfs: {url} is of an image for linux/amd64, not" in said or "has its spans already" in said
+        assert not (tmp_path / "x.clip").exists()
+
+    def test_what_an_index_is_called_has_no_secrets(
+        self, nginx: Nginx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert main(["index", "--ca", str(nginx.ca), f"{nginx.url}/x.clip?signature={'s3cret' * 50}"]) == 0
+        assert "s3cret" not in capsys.readouterr().out
+        assert (tmp_path / "x.clip").is_file()
+
+    def test_an_index_that_a_disk_has_lost_is_made_anew(self, nginx: Nginx) -> None:
+        clip = clipfs.index_for(f"{nginx.url}/x.clip", ca=nginx.ca)
+        good = clip.read_bytes()
+        for left in (0, 100, len(good) - 1):
+            os.truncate(clip, left)
+            assert clipfs.index_for(f"{nginx.url}/x.clip", ca=nginx.ca) == clip
+            assert clip.read_bytes() == good
+
     def test_its_index_alone_is_enough_to_mount(self, nginx: Nginx, runtime: Path, tmp_path: Path) -> None:
         """With the server down nothing can be read, but all of the tree is there."""
         (tmp_path / "mnt").mkdir()

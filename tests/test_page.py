@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -120,6 +121,18 @@ class TestPage:
         assert {title.split(":")[0].split(",")[0] for title in titles} == {f"span {number}" for number in range(12)}
         assert sum(each.get("class") == "why-never" for each in boxes) == 6
         assert sum(each.get("class") == "why-read" for each in boxes) == 3, "0 and 10, and the other layer's"
+
+    def test_a_strangers_report_with_a_million_pauses(self) -> None:
+        """None of its transfers took any time, so that each pause is long beside them all."""
+        fetch = made().fetches[0]
+        fetches = tuple(replace(fetch, at=float(at * at), took=0.0) for at in range(100_000))
+        began = time.process_time()
+        picture = timeline(replace(made(), fetches=fetches))
+        assert time.process_time() - began < 30
+        assert 100 < picture.count('class="idle"') <= 300
+        places = [float(each.get("x", "")) for each in _shapes(picture) if each.get("class") == "idle"]
+        assert places == sorted(places)
+        assert 0 <= places[0] < places[-1] <= 960
 
     def test_boxes_stay_on_the_picture_and_off_each_other(self) -> None:
         for spans in (1, 12, 333, 20_000):

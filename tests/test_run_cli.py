@@ -287,6 +287,8 @@ class TestImage:
         ("run -e =x TREE true", 125, "a variable is given as K=V or K, not '=x'"),
         ("run --env-file /no/such TREE true", 125, "cannot read --env-file /no/such: No such file or directory"),
         ("run --env-file /bin/busybox TREE true", 125, "--env-file /bin/busybox is not UTF-8 at byte"),
+        ("run --stats TREE true", 125, "is a directory, and no image that is mounted: --stats says nothing about it"),
+        ("run --cache-size 1G TREE true", 125, "--cache-size says nothing about it"),
         ("run --memory 1k TREE true", 125, "at least 6 MiB of memory"),
         ("run --memory much TREE true", 125, "--memory wants a size such as 512M or 2G, not 'much'"),
         ("run --cpus inf TREE true", 125, "at least 0.01 CPUs and at most 8192, not inf"),

@@ -75,8 +75,10 @@ def build(
     if not MIN_SPAN_SIZE <= span_size <= MAX_SPAN_SIZE:
         raise UsageError(f"a span has from {MIN_SPAN_SIZE} to {MAX_SPAN_SIZE} bytes, not {span_size}")
     if is_url(name):
+        if span_size != SPAN_SIZE:
+            raise UsageError(f"{name} has its spans already: their size was decided when it was packed")
         started = time.monotonic()
-        webclip.save_index(name, Path(out), SourceOptions(None, insecure, authfile, ca))
+        webclip.save_index(name, Path(out), SourceOptions(None, insecure, authfile, ca), platform)
         return _report_on(Path(out), started)
 
     async def main() -> BuildReport:
@@ -104,7 +106,7 @@ def index_for(
     """
 
     if is_url(name):
-        return webclip.cached_index(name, SourceOptions(None, insecure, authfile, ca))
+        return webclip.cached_index(name, SourceOptions(None, insecure, authfile, ca), platform)
 
     async def main() -> Path:
         async with sources.open_source(name, insecure=insecure, authfile=authfile, ca=ca) as source:

@@ -20,7 +20,7 @@ from typing import IO
 import trio
 
 from clipfs import blocking
-from clipfs.aside import written_aside
+from clipfs.aside import check_place, written_aside
 from clipfs.blocks.counters import Counters
 from clipfs.blocks.reader import BlockReader
 from clipfs.building.builder import Progress, Silent, index_for
@@ -70,6 +70,10 @@ def pack(
     The same contents give the same bytes. Raises what `build` and reading an image raise.
     """
     access, shown, path, out = access or SourceOptions(), progress or Silent(), Path(source), Path(out)
+    if source == "":
+        raise UsageError("'' is no image name, nor that of a file: it is empty")
+    # Before minutes of work, and not after them.
+    check_place(out)
     if path.is_dir():
         return _pack_directory(path, out, platform or Platform.host(), shown)
     if not path.is_file():
@@ -82,6 +86,7 @@ def pack(
             ca=access.ca,
         )
     with Index.open(path) as index:
+        index.demand(platform)
         return _pack_index(index, access, out, shown)
 
 
@@ -96,11 +101,9 @@ class _Work:
     @contextmanager
     def begin(cls, out: Path) -> Iterator[_Work]:
         """The data goes to a file that has no name, since what comes before it in the clip is known after it."""
-        if out.is_dir():
-            raise UsageError(f"cannot write {out}: it is a directory")
         # What is read meanwhile has errors of its own; closing a spool on a full disk writes once more.
         try:
-            with tempfile.TemporaryFile(prefix=f".{out.name}.", dir=out.parent) as spool, Pile(spool) as pile:
+            with tempfile.TemporaryFile(dir=out.parent) as spool, Pile(spool) as pile:
                 yield cls(out, spool, pile)
         except OSError as error:
             raise ClipfsError(f"cannot write {out}: {error.strerror}") from error

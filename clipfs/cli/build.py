@@ -39,6 +39,7 @@ def index(args: argparse.Namespace) -> int:
 
 
 def _file_name(image: str) -> str:
-    """A file name that the image's own name suggests: ``docker://ghcr.io/a/app:v1`` gives ``app-v1.clip``."""
-    last = image.split("@")[0].rstrip("/").rsplit("/", 1)[-1]
+    """A file name that the image's own name suggests: ``docker://ghcr.io/a/app:v1`` gives ``app-v1.clip``. An address
+    has a part that may be a secret, its query."""
+    last = image.split("@")[0].split("?")[0].rstrip("/").rsplit("/", 1)[-1].removesuffix(".clip")
     return re.sub(r"[^A-Za-z0-9._]+", "-", last).strip("-.") + ".clip"

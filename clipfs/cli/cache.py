@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clipfs import state
-from clipfs.blocks.disk import DiskCache, Stored
+from clipfs.blocks.disk import LOCKS, DiskCache, Stored
 from clipfs.cli.progress import progress, size
 from clipfs.errors import ClipfsError, FormatError, printable
 from clipfs.format.index import Index
@@ -23,8 +23,11 @@ _DAMAGED = 65
 def cache(args: argparse.Namespace) -> int:
     """Do what is asked, and say what came of it; exit code 65 if `verify` found damage."""
     limit = byte_count(args.cache_size, "--cache-size") if args.cache_size else None
-    if args.cache_dir is not None and not args.cache_dir.is_dir():
-        raise ClipfsError(f"there is no directory {args.cache_dir}")
+    if args.cache_dir is not None:
+        if not args.cache_dir.is_dir():
+            raise ClipfsError(f"there is no directory {args.cache_dir}")
+        if not (args.cache_dir / LOCKS).is_file() and any(args.cache_dir.iterdir()):
+            raise ClipfsError(f"{args.cache_dir} is no cache: nothing in it is from a mount with --cache-dir")
     directory = state.spans_dir(args.cache_dir)
     action: Callable[[DiskCache], tuple[dict[str, Any], str]] = _ACTIONS[args.what]
     facts, sentence = action(DiskCache(directory, limit))

@@ -22,6 +22,12 @@ from clipfs.mounting.options import byte_count
 from clipfs.oci import ImageConfig
 from clipfs.state import Process
 
+# Options about how an image is reached, and what is told of its mount.
+_OF_IMAGES = (
+    "platform", "insecure", "authfile", "ca", "source", "cache_dir", "cache_size", "cache_compression", "prefetch",
+    "report", "metrics", "stats",
+)  # fmt: skip
+
 
 def run(args: argparse.Namespace, standby: Standby) -> int:
     """Run the command in an image; the exit code is its own. standby: who is to serve that."""
@@ -49,6 +55,9 @@ def run(args: argparse.Namespace, standby: Standby) -> int:
 
 def run_directory(args: argparse.Namespace, directory: Path) -> int:
     """Run the command in an unpacked root."""
+    given = [f"--{name.replace('_', '-')}" for name in _OF_IMAGES if getattr(args, name)]
+    if given:
+        raise UsageError(f"{directory} is a directory, and no image that is mounted: {given[0]} says nothing about it")
     return assembler.run(directory, _no_image(), _options(args), args.base or containers_dir(), archive="v1")
 
 

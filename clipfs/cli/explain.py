@@ -8,12 +8,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from clipfs import state
 from clipfs.aside import written_aside
 from clipfs.blocks.counters import Counters
 from clipfs.errors import UsageError, printable
 from clipfs.format.index import Index
-from clipfs.mounting import mountinfo
+from clipfs.mounting import mounter, mountinfo
 from clipfs.reports import reporter
 from clipfs.reports.report import MOST_BYTES, Report, parse, slowest
 from clipfs.reports.wording import AHEAD, duration, size, verdict
@@ -42,18 +41,16 @@ def _report(target: str) -> Report:
     """Of a mount, served or dead but not yet cleaned up, or from a file."""
     path = Path(target)
     place = mountinfo.canonical(target)
-    # Two mounts may be in one place; who looks there sees the upper one.
-    top = mountinfo.top_at(place)
-    for record in state.records():
-        if record.mountpoint == place and top is not None and record.device == top.device:
-            # The clip may be another one by now, or gone; copies that nobody has used for long are removed.
-            index_path = record.copy if os.path.exists(record.copy) else record.clip
-            with Index.open(index_path, shown=Path(record.clip)) as index:
-                counters = Counters.open(record.counters)
-                try:
-                    return reporter.of_mount(index, record, counters.asdict(), serving=record.alive)
-                finally:
-                    counters.close()
+    record = mounter.record_at(place)
+    if record is not None:
+        # The clip may be another one by now, or gone; copies that nobody has used for long are removed.
+        index_path = record.copy if os.path.exists(record.copy) else record.clip
+        with Index.open(index_path, shown=Path(record.clip)) as index:
+            counters = Counters.open(record.counters)
+            try:
+                return reporter.of_mount(index, record, counters.asdict(), serving=record.alive)
+            finally:
+                counters.close()
     if path.is_dir():
         raise UsageError(
             f"no clipfs mount of yours is on {target}; what an earlier one did, only a report of it can tell"

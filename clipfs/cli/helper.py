@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from clipfs.cli import texts
 from clipfs.errors import ClipfsError, MountError, UsageError, single
-from clipfs.log import complain, print_any_name
+from clipfs.log import complain, discard, print_any_name
 from clipfs.mounting import kernel, mountinfo
 from clipfs.mounting.options import MountOptions, Parsed, parse
 
@@ -61,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_any_name()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(arguments) or not arguments:
-        print(_USAGE, end="", file=sys.stdout if arguments else sys.stderr)
+        try:
+            print(_USAGE, end="", file=sys.stdout if arguments else sys.stderr, flush=True)
+        except OSError as error:
+            discard(1)
+            return _failed(error.strerror or "cannot print", _SYSTEM_ERROR)
         return 0 if arguments else _WRONG_USAGE
     try:
         request = _understood(arguments)

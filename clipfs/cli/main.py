@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,15 +16,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import clipfs
-from clipfs.cli import texts
+from clipfs.cli import ending, texts
 from clipfs.errors import ClipfsError, UsageError, reason, single
-from clipfs.log import complain, discard, print_any_name, to_terminal
+from clipfs.log import complain, discard, open_closed_streams, print_any_name, to_terminal
 
 _log = logging.getLogger(__name__)
 
 
-# 128 + SIGINT and 128 + SIGPIPE, as shells have it; EX_IOERR of sysexits(3).
-_INTERRUPTED = 130
+# 128 + SIGPIPE, as shells have it; EX_IOERR of sysexits(3).
 _BROKEN_PIPE = 141
 _INPUT_OUTPUT = 74
 
@@ -49,6 +47,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Of --help and --version. The default says nothing if that fails."""
+        print(message, end="", file=file, flush=True)
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """A command's parser leaves what it does not know to the one above, whose help says nothing about it."""
         found, unknown = super().parse_known_args(args, namespace)
@@ -63,9 +65,10 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code is the command's own for ``run`` and the error's kind otherwise."""
-    _open_closed_streams()
+    open_closed_streams()
     # Who starts us may ignore it, and so would we: then nobody could say how a child has ended.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    ending.as_interrupt()
     print_any_name()
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -77,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failure(words, _INPUT_OUTPUT if plain else error.exit_code)
     except KeyboardInterrupt:
         _say("interrupted")
-        return _INTERRUPTED
+        return ending.exit_code()
     except BrokenPipeError:
         discard(1)
         return _BROKEN_PIPE
@@ -102,18 +105,6 @@ def _obey(words: list[str]) -> int:
         raise single(group) from None
     sys.stdout.flush()
     return code
-
-
-def _open_closed_streams() -> None:
-    """If started with ``<&-`` or the like: or the next file that is opened would be taken for that stream."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
-            if number:
-                stream = open(number, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
-                setattr(sys, ("stdout", "stderr")[number - 1], stream)
 
 
 def _say(sentence: str) -> None:

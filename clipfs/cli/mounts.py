@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TextIO
 
 import assembler
@@ -24,14 +25,20 @@ from clipfs.mounting.options import MountOptions, byte_count, endpoint, parse, p
 def mount(args: argparse.Namespace, standby: Standby) -> int:
     """Mount, and return when the root answers. standby: who is to serve that."""
     options = mount_options(args, args.options)
-    mounter.mount(clip_of(args), args.directory, options, standby=standby)
+    mounter.mount(_clip(args, options), args.directory, options, standby=standby)
     return 0
+
+
+def _clip(args: argparse.Namespace, options: MountOptions) -> Path:
+    """The .clip that X means; how to reach its source may have been said with -o."""
+    access = {"insecure": options.insecure, "authfile": options.authfile, "ca": options.ca}
+    return clip_of(argparse.Namespace(**{**vars(args), **access}))
 
 
 def serve(args: argparse.Namespace) -> int:
     """Mount, and serve until somebody unmounts it."""
     options = mount_options(args, args.options)
-    clip, place = clip_of(args), args.directory.absolute()
+    clip, place = _clip(args, options), args.directory.absolute()
 
     with _logging(options) as terminal:
 

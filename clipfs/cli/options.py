@@ -18,7 +18,10 @@ def clip_of(args: argparse.Namespace) -> Path:
     target: str = args.target
     path = Path(target)
     if path.is_file():
-        _check_platform(path, platform_of(args))
+        wanted = platform_of(args)
+        if wanted is not None:
+            with Index.open(path) as index:
+                index.demand(wanted)
         return path.absolute()
     # Late: a .clip that is at hand needs neither trio nor a client, which take a third of the time to its first byte.
     from clipfs.building.builder import index_for
@@ -40,8 +43,7 @@ def clip_of(args: argparse.Namespace) -> Path:
 
 def check_name(target: str) -> None:
     """UsageError if that is empty, or the bare path of something: no registry is asked for what a person sees here."""
-    if not target:
-        raise UsageError("'' is no image name, nor that of a file: it is empty")
+    not_empty(target)
     if os.path.isdir(target):
         what = f"a layout is named oci:{target}, a directory to run in {os.path.join('.', target)}"
     elif os.path.exists(target):
@@ -51,13 +53,10 @@ def check_name(target: str) -> None:
     raise UsageError(f"'{target}' is here, and is no image's name; {what}, and what a registry has docker://…")
 
 
-def _check_platform(clip: Path, wanted: Platform | None) -> None:
-    """A .clip is of one image, for one platform."""
-    if wanted is not None:
-        with Index.open(clip) as index:
-            found = index.config.platform
-        if index.config.architecture and not wanted.matches(found):
-            raise UsageError(f"{clip} is of an image for {found}, not for {wanted}")
+def not_empty(target: str) -> None:
+    """UsageError for a variable of a shell that is not set: it does not mean the working directory."""
+    if not target:
+        raise UsageError("'' is no image name, nor that of a file: it is empty")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from clipfs.building.packer import pack as pack_up
-from clipfs.cli.options import platform_of
+from clipfs.cli.options import not_empty, platform_of
 from clipfs.cli.progress import progress, size
 from clipfs.errors import UsageError
 from clipfs.sources.fetcher import SourceOptions
@@ -17,6 +17,7 @@ from clipfs.sources.fetcher import SourceOptions
 def pack(args: argparse.Namespace) -> int:
     """Write one file that has everything in it, and say what came of it."""
     target: str = args.target
+    not_empty(target)
     if target.endswith(".clip") and "://" not in target and not Path(target).is_file():
         raise UsageError(f"there is no file {target}")
     output = args.output or Path(_file_name(target))

@@ -21,10 +21,10 @@ from typing import Self, TypeVar
 
 from clipfs.erofs.read import Metadata
 from clipfs.erofs.structs import MAX_PATH, Node
-from clipfs.errors import ClipfsError, FormatError, ImageError
+from clipfs.errors import ClipfsError, FormatError, ImageError, UsageError
 from clipfs.format.container import ITSELF, Header, Kind
 from clipfs.format.tables import ExtentTable, SpanTable, StoredLayer, read_layers
-from clipfs.oci import MAX_CONFIG, MAX_MANIFEST, ImageConfig, Manifest
+from clipfs.oci import MAX_CONFIG, MAX_MANIFEST, ImageConfig, Manifest, Platform
 
 __all__ = ["Index", "Node", "SpanTable", "StoredLayer"]
 
@@ -62,6 +62,13 @@ class Index:
         self.root: int = self._tree.root
         self.inodes: int = self._tree.inodes
         self.data_size: int = self._tree.data_size
+
+    def demand(self, platform: Platform | None, name: str | None = None) -> None:
+        """UsageError if the image is for another platform than this one, which somebody has asked for. name: of the
+        clip, if that is not its path."""
+        config = self.config
+        if platform is not None and config.architecture and not platform.matches(config.platform):
+            raise UsageError(f"{name or self.path} is of an image for {config.platform}, not for {platform}")
 
     @classmethod
     def open(cls, path: Path | str, *, shown: Path | None = None) -> Self:

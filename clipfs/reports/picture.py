@@ -7,9 +7,11 @@ dark; ``--t`` is when a span came, from 0 to 1, for whoever wants to colour by t
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import accumulate, pairwise
 
 from clipfs.reports.report import Fetch, LayerUse, Report, Touched
 from clipfs.reports.wording import AHEAD, duration, size
@@ -45,6 +47,8 @@ _CURVE, _LANE, _LANES = 120, 9, 14
 _BARS = 3000
 # Nothing came for longer than this share of the time in which something did: cut short, to this width.
 _IDLE, _CUT = 0.15, 34.0
+# More than can be told from each other; a stranger's report may have a million.
+_MOST_CUTS = 300
 
 
 def layer_map(report: Report) -> str:
@@ -194,9 +198,11 @@ class _Axis:
             else:
                 busy.append([begin, end])
         spent = sum(end - begin for begin, end in busy)
+        pauses = sorted((after[0] - before[1] for before, after in pairwise(busy)), reverse=True)
+        least = max([_IDLE * spent, *pauses[_MOST_CUTS : _MOST_CUTS + 1]])
         self._parts: list[list[float]] = []
         for begin, end in busy:
-            if self._parts and begin - self._parts[-1][1] <= _IDLE * spent:
+            if self._parts and begin - self._parts[-1][1] <= least:
                 self._parts[-1][1] = end
             else:
                 self._parts.append([begin, end])
@@ -205,14 +211,13 @@ class _Axis:
         shown = max(0.001, sum(end - begin for begin, end in self._parts))
         self._scale = (_WIDTH - self._cut * (len(self._parts) - 1)) / shown
         self._step = _round(shown / 8)
+        widths = [(end - begin) * self._scale + self._cut for begin, end in self._parts]
+        self._lefts = list(accumulate(widths[:-1], initial=0.0))
+        self._ends = [end for _, end in self._parts]
 
     def at(self, when: float) -> float:
-        x = 0.0
-        for number, (begin, end) in enumerate(self._parts):
-            if when <= end or number == len(self._parts) - 1:
-                return min(x + max(0.0, when - begin) * self._scale, _WIDTH)
-            x += (end - begin) * self._scale + self._cut
-        return x
+        number = min(bisect_left(self._ends, when), len(self._ends) - 1)
+        return min(self._lefts[number] + max(0.0, when - self._parts[number][0]) * self._scale, _WIDTH)
 
     def marks(self, y: float, height: float) -> Iterator[str]:
         last = -100.0

@@ -29,7 +29,7 @@ def of_mount(index: Index, record: MountRecord, counters: Mapping[str, int], *, 
         mountpoint=record.mountpoint,
         clip=record.clip,
         source=redacted(record.source),
-        pid=record.process.pid,
+        pid=(record.server or record.process).pid,
         serving=serving,
         seconds=round(seconds, 1),
     )
