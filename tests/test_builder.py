@@ -211,7 +211,7 @@ class TestOutput:
             ("none/x.clip", ClipfsError, "No such file or directory"),
             ("file/x.clip", ClipfsError, "Not a directory"),
             ("/proc/x.clip", ClipfsError, "cannot write /proc/x.clip"),
-            ("directory", UsageError, "no regular file"),
+            ("directory", UsageError, "it is a directory"),
         ],
     )
     def test_a_place_that_cannot_be_written_is_told_before_the_work(
