@@ -18,6 +18,7 @@ import clipfs
 from benchmarks.bundles import Bundle
 from benchmarks.goals import at_most, more_than
 from benchmarks.measure import CLIPFS, Row, Section, number, progress, rounds, seconds
+from benchmarks.peers import SQUASHFUSE
 from benchmarks.programs import (
     CLIPFS_COMMAND,
     clipfs_mount,
@@ -34,7 +35,6 @@ from clipfs.format.container import Header, Kind
 UMOCI = "umoci unpack"
 UMOCI_RUNC = "umoci unpack + runc run"
 RUNC = "runc run, unpacked before"
-SQUASHFUSE = "squashfuse_ll"
 
 _STARTING = "Starting Python and mounting is most of it, whatever the size of the image."
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import clipfs
 from benchmarks.goals import as_fast
 from benchmarks.link import Link, slow_link
-from benchmarks.measure import CLIPFS, Row, Section, number, rounds
+from benchmarks.measure import CLIPFS, Row, Section, number, rounds, seconds
 from benchmarks.programs import drop_caches, forget, run
 from benchmarks.remote import FAST, ROUND_TRIP, USUAL, registry_of_its_own
 from benchmarks.workload import BIG, Workload
@@ -60,22 +59,16 @@ def _over(workload: Workload, speed: float) -> tuple[Row, float]:
             forget()
             drop_caches()
             with clipfs.mount(clip, mountpoint, clipfs.MountOptions(source=source)):
-                started = time.perf_counter()
-                run("cp", mountpoint / BIG, "/dev/null")
-                return needed / 1e6 / (time.perf_counter() - started)
+                return needed / 1e6 / seconds(lambda: run("cp", mountpoint / BIG, "/dev/null"))
 
         def by_download() -> float:
             drop_caches()  # of the registry, too, which has to read what it sends
-            started = time.perf_counter()
-            run("curl", "--silent", "--fail", "--output", "/dev/null", blob)
-            return size / 1e6 / (time.perf_counter() - started)
+            return size / 1e6 / seconds(lambda: run("curl", "--silent", "--fail", "--output", "/dev/null", blob))
 
         def by_pipes() -> float:
             drop_caches()
             kept = workload.scratch / "piped"
-            started = time.perf_counter()
-            run("bash", "-c", _PIPES, "bash", blob, kept)
-            took = time.perf_counter() - started
+            took = seconds(lambda: run("bash", "-c", _PIPES, "bash", blob, kept))
             kept.unlink()
             return size / 1e6 / took
 

@@ -189,3 +189,9 @@ class Reference:
     def __str__(self) -> str:
         tag = f":{self.tag}" if self.tag else ""
         return f"{self.host}/{self.repository}{tag}" + (f"@{self.digest}" if self.digest else "")
+
+
+def not_empty(name: str) -> None:
+    """UsageError for a variable of a shell that is not set: it does not mean the working directory."""
+    if not name:
+        raise UsageError("'' is no image name, nor that of a file: it is empty")

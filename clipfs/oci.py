@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from clipfs.errors import ImageError
 from clipfs.fields import Fields, quoted
-from clipfs.names import Digest, Platform, Reference
+from clipfs.names import Digest, Platform, Reference, not_empty
 
 __all__ = [
     "DOCKER_CONFIG",
@@ -33,6 +33,7 @@ __all__ = [
     "Manifest",
     "Platform",
     "Reference",
+    "not_empty",
     "parse_manifest",
 ]
 

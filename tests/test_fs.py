@@ -251,7 +251,7 @@ async def test_a_large_directory_is_kept_while_it_is_read_and_made_bit_by_bit(
     assert fs._listings == {many: kept}
     await fs.releasedir(many)
     assert not fs._listings
-    assert (fs._listed, fs._listing) == (0, {})
+    assert (fs._listed, fs._directories) == (0, {})
 
 
 @pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC])

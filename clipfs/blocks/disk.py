@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from clipfs.blocks.locks import SpanLocks
 from clipfs.blocks.opened import OpenFiles
-from clipfs.blocks.store import DamagedError, Entry, WouldWaitError, opened, pack
+from clipfs.blocks.store import SUFFIX, DamagedError, Entry, WouldWaitError, opened, pack
 
 log = logging.getLogger(__name__)
 
@@ -204,9 +204,9 @@ class DiskCache:
             with contextlib.suppress(FileNotFoundError):
                 if path.suffix != _PART:
                     found = path.stat()
-                    digest = _digest(path)
-                    current = path == self._path(bytes.fromhex(digest))
-                    yield Stored(digest, _on_disk(found.st_size), found.st_mtime, path, current)
+                    yield Stored(
+                        _digest(path), _on_disk(found.st_size), found.st_mtime, path, current=path.suffix == SUFFIX
+                    )
 
     def verify(self, digest: str) -> bool:
         """Read a span whole. False if it is damaged."""

@@ -28,6 +28,8 @@ from clipfs.blocks.plan import BLOCK
 _MAGIC = b"clipspan"
 # Of all that is said here, the size of a block included.
 _VERSION = 2
+#: Of the names of files that this version can read.
+SUFFIX = f".{_VERSION}"
 _HEAD = struct.Struct("<8sIIQ32s")
 _ROW = struct.Struct("<II")
 _CRC = struct.Struct("<I")
@@ -63,7 +65,7 @@ def place(directory: str, digest: bytes) -> str:
     Another version of clipfs has its own, so that both can run on a machine and none counts on what it cannot read.
     """
     name = digest.hex()
-    return f"{directory}/{name[:2]}/{name[2:]}.{_VERSION}"
+    return f"{directory}/{name[:2]}/{name[2:]}{SUFFIX}"
 
 
 def opened(path: str) -> int:

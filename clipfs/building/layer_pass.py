@@ -82,11 +82,7 @@ async def blob_at_hand(source: Source, blob: Descriptor, name: str, progress: Pr
         return
     # It has no name, so that it is gone with this process, however that ends. Others open it by its descriptor.
     with tempfile.TemporaryFile(dir=state.scratch_dir(), buffering=0) as spool:
-        try:
-            await _fetch(source, blob, name, spool, progress)
-        except IntegrityError:
-            source.distrust(blob)
-            await _fetch(source, blob, name, spool, progress)
+        await source.believed(blob, lambda: _fetch(source, blob, name, spool, progress))
         yield AtHand(LocalBlob(Path(f"/proc/self/fd/{spool.fileno()}"), 0, blob.size), verified=True)
 
 

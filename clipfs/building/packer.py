@@ -28,11 +28,11 @@ from clipfs.building.pile import SPAN, Pile
 from clipfs.building.rootfs import Rootfs
 from clipfs.erofs.pack import pack as pack_tree
 from clipfs.erofs.structs import SUPERBLOCK_OFFSET
-from clipfs.errors import ClipfsError, ImageError, UsageError
+from clipfs.errors import ClipfsError, ImageError
 from clipfs.format.container import ITSELF, PACKED, Kind
 from clipfs.format.index import Index
 from clipfs.format.pack import Parts, assemble, pack_tables, uuid_of
-from clipfs.oci import OCI_CONFIG, OCI_MANIFEST, Digest, Platform
+from clipfs.oci import OCI_CONFIG, OCI_MANIFEST, Digest, Platform, not_empty
 from clipfs.sources.fetcher import SourceOptions
 from clipfs.sources.packed import fetcher_for
 
@@ -70,8 +70,8 @@ def pack(
     The same contents give the same bytes. Raises what `build` and reading an image raise.
     """
     access, shown, path, out = access or SourceOptions(), progress or Silent(), Path(source), Path(out)
-    if source == "":
-        raise UsageError("'' is no image name, nor that of a file: it is empty")
+    if isinstance(source, str):
+        not_empty(source)
     # Before minutes of work, and not after them.
     check_place(out)
     if path.is_dir():

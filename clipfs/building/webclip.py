@@ -11,13 +11,11 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TypeVar
 
-import trio
-
 from clipfs import blocking, state
 from clipfs.aside import written_aside
 from clipfs.errors import FormatError
 from clipfs.format.check import check_sections
-from clipfs.format.container import HEADER_SIZE, Header
+from clipfs.format.container import Header
 from clipfs.format.index import Index
 from clipfs.oci import Digest, Platform
 from clipfs.sources.fetcher import SourceOptions
@@ -43,11 +41,9 @@ def cached_index(url: str, options: SourceOptions, platform: Platform | None = N
     async def main(web: WebFile) -> Path:
         await web.header()
         path = state.cache_dir() / "index" / f"{Digest.of(url.encode() + web.head).hex}.clip"
-        if not await trio.to_thread.run_sync(_usable, path):
+        if not path.exists() or _damaged(path, web.name, platform):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             await _save(web, url, path, platform)
-        with Index.open(path) as index:
-            index.demand(platform, web.name)
         return path
 
     return _with(url, options, main)
@@ -76,11 +72,11 @@ async def _save(web: WebFile, url: str, out: Path, platform: Platform | None) ->
         os.fsync(file.fileno())
 
 
-def _usable(path: Path) -> bool:
-    """Is it there, and whole as far as its header tells? A disk that has lost some of it makes a new one necessary."""
+def _damaged(path: Path, name: str, platform: Platform | None) -> bool:
+    """Has a disk lost some of it? Then it is made anew. UsageError if the image is for another platform."""
     try:
-        with path.open("rb") as file:
-            Header.parse(file.read(HEADER_SIZE), str(path), path.stat().st_size)
-    except (FileNotFoundError, FormatError):
-        return False
-    return True
+        with Index.open(path) as index:
+            index.demand(platform, name)
+    except FormatError:
+        return True
+    return False

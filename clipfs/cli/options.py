@@ -10,7 +10,7 @@ from pathlib import Path
 
 from clipfs.errors import UsageError
 from clipfs.format.index import Index
-from clipfs.oci import Platform
+from clipfs.oci import Platform, not_empty
 
 
 def clip_of(args: argparse.Namespace) -> Path:
@@ -51,12 +51,6 @@ def check_name(target: str) -> None:
     else:
         return
     raise UsageError(f"'{target}' is here, and is no image's name; {what}, and what a registry has docker://…")
-
-
-def not_empty(target: str) -> None:
-    """UsageError for a variable of a shell that is not set: it does not mean the working directory."""
-    if not target:
-        raise UsageError("'' is no image name, nor that of a file: it is empty")
 
 
 @contextmanager

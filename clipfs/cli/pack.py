@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 from clipfs.building.packer import pack as pack_up
-from clipfs.cli.options import not_empty, platform_of
+from clipfs.cli.options import platform_of
 from clipfs.cli.progress import progress, size
 from clipfs.errors import UsageError
+from clipfs.oci import not_empty
 from clipfs.sources.fetcher import SourceOptions
 
 

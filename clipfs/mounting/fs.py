@@ -126,7 +126,7 @@ class ClipFS(pyfuse3.Operations):
         # In large directories the number of an inode stands for its attributes, until somebody has read as far.
         self._listings: dict[int, list[tuple[bytes, EntryAttributes | int]]] = {}
         self._listed = 0  # names in them
-        self._listing: dict[int, int] = {}  # how often each directory is open
+        self._directories: dict[int, int] = {}  # how often each directory is open
         self._complaints: set[str] = set()
         # A reply with inode 0 is cached as "no such name"; the errno ENOENT would be asked for again and again.
         self._absent = EntryAttributes()
@@ -197,7 +197,7 @@ class ClipFS(pyfuse3.Operations):
 
     @_answer
     def opendir(self, inode: int, ctx: RequestContext) -> int:
-        self._listing[inode] = self._listing.get(inode, 0) + 1
+        self._directories[inode] = self._directories.get(inode, 0) + 1
         return inode
 
     @_answer
@@ -216,13 +216,13 @@ class ClipFS(pyfuse3.Operations):
     def releasedir(self, fh: int) -> None:
         """Forget the lists that nobody has asked for lately, if there are too many, and nobody is in the middle of."""
         # Opened for a worker before this one, maybe.
-        self._listing[fh] = self._listing.get(fh, 1) - 1
-        if not self._listing[fh]:
-            del self._listing[fh]
+        self._directories[fh] = self._directories.get(fh, 1) - 1
+        if not self._directories[fh]:
+            del self._directories[fh]
         if fh in self._listings:
             self._listings[fh] = self._listings.pop(fh)
         if self._listed > _LISTED:
-            for each in [each for each in self._listings if each not in self._listing]:
+            for each in [each for each in self._listings if each not in self._directories]:
                 self._listed -= len(self._listings.pop(each))
                 if self._listed <= _LISTED:
                     break

@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 import trio
 
 from clipfs.errors import ImageError, IntegrityError, SourceError
 from clipfs.fields import quoted
 from clipfs.oci import MAX_CONFIG, MAX_MANIFEST, Descriptor, ImageConfig, Manifest, Platform, parse_manifest
+
+T = TypeVar("T")
 
 #: Takes what has come of something longer.
 Sink = Callable[[bytes], object]
@@ -65,22 +67,23 @@ class Source(ABC):
         manifest = await self._manifest_for(platform or Platform.host())
         if manifest.config.size > MAX_CONFIG:
             raise ImageError(f"the image config has {manifest.config.size} bytes; more than {MAX_CONFIG} are not read")
-        config = ImageConfig.parse(await self._config(manifest.config))
+        config = ImageConfig.parse(await self.believed(manifest.config, lambda: self._config(manifest.config)))
         if config.os != "linux":
             raise ImageError(f"the image is for {quoted(config.os)}; only Linux images can be mounted")
         if platform and config.architecture and not platform.matches(config.platform):
             raise ImageError(f"the image is for {config.platform} only, not for {platform}")
         return Image(self._canonical(manifest), manifest, config)
 
-    async def _config(self, blob: Descriptor) -> bytes:
-        """Verified. Where another may have the right bytes, it is asked."""
+    async def believed(self, blob: Descriptor, get: Callable[[], Awaitable[T]]) -> T:
+        """What `get` makes of a blob. If that finds it to be wrong (IntegrityError), once more, from elsewhere if there
+        is another place."""
         try:
-            return await self._verified_config(blob)
+            return await get()
         except IntegrityError:
             self.distrust(blob)
-            return await self._verified_config(blob)
+            return await get()
 
-    async def _verified_config(self, blob: Descriptor) -> bytes:
+    async def _config(self, blob: Descriptor) -> bytes:
         return blob.digest.verify(await self.read_range(blob, 0, blob.size), "the image config")
 
     async def read_range(self, blob: Descriptor, start: int, end: int) -> bytes:

@@ -216,7 +216,8 @@ class Turns(Generic[S]):
         if self._main not in self._said and self._queue:
             return self._late()
         server = self._telling(self._said)
-        failure, reason = self._said[server], self._said[server].reason
+        failure = self._said[server]
+        reason = failure.reason
         if failure.pause > _LONGEST_PAUSE:
             reason += f", and wants to be left alone for {failure.pause:.0f} s"
         return SourceError(f"cannot get {self._what} from {server.host}: {reason}")

@@ -99,9 +99,9 @@ class _Routes(httpx2.AsyncBaseTransport):
     def _through(self, proxy: str) -> httpx2.AsyncHTTPTransport:
         if proxy not in self._proxies:
             try:
-                if not has_host(httpx2.URL(proxy)):
-                    raise httpx2.InvalidURL(proxy)
                 url = httpx2.URL(proxy)
+                if not has_host(url):
+                    raise httpx2.InvalidURL(proxy)
                 way = httpx2.Proxy(url, ssl_context=self._trust.proxy if url.scheme == "https" else None)
                 self._proxies[proxy] = httpx2.AsyncHTTPTransport(verify=self._trust.registry, limits=_LIMITS, proxy=way)
             except (httpx2.InvalidURL, ValueError):
